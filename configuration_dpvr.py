@@ -1,0 +1,77 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Configuration of DPVR-LF: LLaVA's fields and three numbers that say where vision tokens leave and come back."""
+
+from transformers import LlavaConfig
+
+
+class DPVRConfig(LlavaConfig):
+    r"""
+    Configuration of [`DPVRForConditionalGeneration`], a LLaVA whose vision tokens leave the decoder half way.
+
+    Takes every argument of [`~transformers.LlavaConfig`] (`vision_config`, `text_config`, `image_token_id`,
+    `vision_feature_layer`, ...) and:
+
+    Args:
+        saturation_layer (`int`, defaults to 18):
+            S. Layers `0..S-1` of the decoder see vision and text tokens; at layer S vision tokens leave for the side
+            branch. 18 of 32 is the choice of arXiv 2606.09131 (abstract) for LLaVA-1.5-7B.
+        num_side_layers (`int`, defaults to 1):
+            Decoder layers of the side branch; only these are trained.
+        num_fusion_layers (`int`, defaults to 1):
+            Last decoder layers, which see vision and text tokens again. With L decoder layers, layers
+            `S..L-num_fusion_layers-1` are text-only.
+
+    Raises:
+        ValueError: unless `1 <= saturation_layer <= num_hidden_layers - num_fusion_layers <= num_hidden_layers - 1`
+            and `num_side_layers >= 1`. The message names the field, its value and the range.
+
+    Example:
+
+    ```python
+    >>> config = DPVRConfig()  # the geometry of LLaVA-1.5-7B
+    >>> config.saturation_layer, config.first_fusion_layer, config.num_text_only_layers
+    (18, 31, 13)
+    ```
+    """
+
+    model_type = "dpvr"
+
+    saturation_layer: int = 18
+    num_side_layers: int = 1
+    num_fusion_layers: int = 1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name in ("saturation_layer", "num_side_layers", "num_fusion_layers"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer.")
+        num_layers = self.text_config.num_hidden_layers
+        if not 1 <= self.num_fusion_layers <= num_layers - 1:
+            raise ValueError(
+                f"num_fusion_layers={self.num_fusion_layers} must be between 1 and {num_layers - 1} for a decoder of "
+                f"{num_layers} layers (text_config.num_hidden_layers): at least one layer must come before the fusion."
+            )
+        if not 1 <= self.saturation_layer <= self.first_fusion_layer:
+            raise ValueError(
+                f"saturation_layer={self.saturation_layer} must be between 1 and {self.first_fusion_layer}, the first "
+                f"fusion layer (text_config.num_hidden_layers={num_layers} less "
+                f"num_fusion_layers={self.num_fusion_layers})."
+            )
+        if self.num_side_layers < 1:
+            raise ValueError(f"num_side_layers={self.num_side_layers} must be at least 1.")
+
+    @property
+    def first_fusion_layer(self) -> int:
+        """F, the first layer that sees both streams again."""
+        return self.text_config.num_hidden_layers - self.num_fusion_layers
+
+    @property
+    def num_text_only_layers(self) -> int:
+        """F - S, the number of layers that vision tokens skip."""
+        return self.first_fusion_layer - self.saturation_layer
+
+
+DPVRConfig.register_for_auto_class()
+
+__all__ = ["DPVRConfig"]

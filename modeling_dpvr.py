@@ -1,0 +1,757 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+DPVR-LF, dual-path vision routing with late fusion (arXiv 2606.09131), on the LLaVA of transformers.
+
+For LLaVA-1.5-7B (L = 32 layers, saturation layer S = 18, first fusion layer F = 31):
+
+    embeddings + image features
+        |
+    layers 0..S-1        vision and text tokens together, as in LLaVA
+        |------------------------.
+    layers S..F-1            side branch
+    text tokens only         vision tokens only, `num_side_layers` decoder layers, trainable
+        |------------------------'
+    layers F..L-1        both streams in their original order
+        |
+    norm, lm_head
+
+Text-only layers hold no state of a vision token, neither in their tensors nor in the KV cache. Rows of a batch may
+hold different numbers of vision tokens: each stream of a row is packed to the right, so that new tokens line up.
+
+Everything that routing does not change is imported: vision tower, projector, decoder layers, rotary embedding, masks,
+caches, loss and generation. Shapes: B batch, T tokens of this call, N tokens of one stream, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, initialization
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaPreTrainedModel,
+)
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_dpvr import DPVRConfig
+
+# LLaVA-1.5 checkpoints name their weights as transformers 4 did. Custom code is left out of transformers' own renaming
+# unless it registers; `overwrite`, because every copy of this file is imported under its own module name.
+register_checkpoint_conversion_mapping(
+    "dpvr",
+    [
+        WeightRenaming(r"^language_model.lm_head", "lm_head"),
+        WeightRenaming(r"^language_model.model", "model.language_model"),
+        WeightRenaming(r"^vision_tower", "model.vision_tower"),
+        WeightRenaming(r"^multi_modal_projector", "model.multi_modal_projector"),
+    ],
+    overwrite=True,
+)
+
+
+@dataclass
+class Stream:
+    """The tokens of one kind, vision or text, of each row, packed to the right.
+
+    Attributes:
+        index (`torch.LongTensor` of shape `(B, N)`): columns of the call; within a row all different.
+        valid (`torch.BoolTensor` of shape `(B, N)`): False where a row has fewer than N tokens of this kind.
+    """
+
+    index: torch.LongTensor
+    valid: torch.BoolTensor
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Columns of this stream: `(B or 1, T, D)` to `(B, N, D)`."""
+        index = self.index.to(tensor.device)
+        return tensor.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+    def put(self, tensor: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """A copy of `tensor` `(B, T, D)` with `update` `(B, N, D)` in the columns of this stream."""
+        update = torch.where(self.valid[..., None].to(tensor.device), update.to(tensor.device), self.take(tensor))
+        return tensor.scatter(1, self.index.to(tensor.device)[..., None].expand_as(update), update)
+
+
+def pack_stream(belongs: torch.BoolTensor, width: int) -> Stream:
+    """The stream of the tokens where `belongs` `(B, T)` is True; `width` is the largest count of a row.
+
+    The sort is stable and puts False first, so the last `width` columns are each row's tokens in their order.
+    """
+    index = belongs.to(torch.uint8).argsort(dim=-1, stable=True)[:, belongs.shape[1] - width :]
+    return Stream(index, belongs.gather(1, index))
+
+
+def split_streams(is_vision: torch.BoolTensor, is_token: torch.BoolTensor) -> tuple[Stream | None, Stream | None]:
+    """Text and vision streams of a call, None where no row has such a token. Padding belongs to neither.
+
+    Args:
+        is_vision: `(B, T)`, True at vision tokens.
+        is_token: `(B, T)`, False at padding.
+    """
+    masks = torch.stack([is_token & ~is_vision, is_token & is_vision])
+    widths = masks.sum(-1).amax(-1).tolist()  # the routing's only wait for the device
+    text, vision = (pack_stream(mask, width) if width else None for mask, width in zip(masks, widths, strict=True))
+    return text, vision
+
+
+class VisionLayer(DynamicLayer):
+    """KV cache of a side-branch layer. What `Cache.crop` removes from the end of a sequence is text: nothing of it is
+    here. `SlotLayer` refuses a crop that would reach a vision token."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+
+class SlotLayer(DynamicLayer):
+    """For each slot of a stream's KV cache the column that it came from, plus 1; 0 in slots that pad a shorter row.
+
+    A row's slots cannot be told from masks alone: how a stream is padded depends on how the prompt was cut into calls.
+    As a layer of the cache they follow when the cache is reordered, repeated or cropped.
+    """
+
+    def __init__(self, joint_layer: DynamicLayer, cropped: bool):
+        super().__init__()
+        self.joint_layer = joint_layer  # holds every column, and is cropped before this one
+        self.cropped = cropped
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        length = self.joint_layer.get_seq_length()
+        num_removed = min(abs(tokens_to_remove), self.keys.shape[-2]) if self.cropped else 0
+        kept, removed = self.keys.split([self.keys.shape[-2] - num_removed, num_removed], dim=-2)
+        if (kept > length).any() or ((removed > 0) & (removed <= length)).any():
+            raise ValueError(
+                f"Cannot crop the last {abs(tokens_to_remove)} tokens of this cache: they hold vision tokens or right "
+                "padding, which the text-only layers never stored. Crop less, or start again with a new cache."
+            )
+        if num_removed:
+            super().crop(tokens_to_remove)
+
+
+@dataclass
+class StreamPlan:
+    """All that the layers of one stream need beside its hidden states.
+
+    Attributes:
+        stream: the tokens of this call that belong to it.
+        rotary: cosines and sines of the tokens' original positions, each `(B, N, head_dim)`.
+        mask: attention mask over the slots of the stream's cache, in the form that the attention backend takes.
+        slots: column of each slot plus 1, `(B, slots)`, 0 where a slot is padding.
+    """
+
+    stream: Stream
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    mask: torch.Tensor | None
+    slots: torch.LongTensor
+
+
+@dataclass
+class Call:
+    """What a call says of its tokens.
+
+    Attributes:
+        attention_mask: 2D `(B, seen + T)`, 4D `(B, 1, T, columns)` or None.
+        position_ids: `(B or 1, T)`, rotary positions.
+        columns: `(T,)`, the place of the tokens in the whole sequence, those in the cache counted.
+        rotary: cosines and sines of `position_ids`, each `(B or 1, T, head_dim)`.
+        cache: the KV cache that the call extends, or None.
+    """
+
+    attention_mask: torch.Tensor | None
+    position_ids: torch.LongTensor
+    columns: torch.LongTensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    cache: Cache | None
+
+    @property
+    def padding_mask(self) -> torch.Tensor | None:
+        is_2d = self.attention_mask is not None and self.attention_mask.ndim == 2
+        return self.attention_mask if is_2d else None
+
+
+def select_mask(mask: torch.Tensor, rows: torch.LongTensor, slots: torch.LongTensor) -> torch.Tensor:
+    """The part of a 4D mask `(B or 1, 1, T, columns)`, boolean or additive, that a stream's tokens and slots need."""
+    mask = mask.expand(len(rows), -1, -1, -1)
+    mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    columns = (slots - 1).clamp(min=0)[:, None, None].expand(-1, *mask.shape[1:3], -1)
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.where((slots > 0)[:, None, None], mask.gather(3, columns), hidden)
+
+
+class SideBranch(nn.Module):
+    """Decoder layers of the backbone's own class that only vision tokens pass. The trainable part of DPVR.
+
+    Layer i caches at `num_hidden_layers + i`, behind the decoder's own layers.
+    """
+
+    def __init__(self, config: DPVRConfig, backbone: nn.Module):
+        super().__init__()
+        make_layer = type(backbone.layers[0])
+        self.layers = nn.ModuleList(
+            make_layer(backbone.config, config.saturation_layer) for _ in range(config.num_side_layers)
+        )
+        for i, layer in enumerate(self.layers):
+            layer.self_attn.layer_idx = config.text_config.num_hidden_layers + i
+        # Found by `post_init` of the model around it: the side branch is sharded as the decoder's layers are.
+        self._tp_plan = _layer_plan(config.text_config.base_model_tp_plan)
+        self._fsdp_plan = _layer_plan(config.text_config.base_model_fsdp_plan)
+
+    def forward(self, hidden_states: torch.Tensor, plan: StreamPlan, **kwargs) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=plan.mask, position_embeddings=plan.rotary, **kwargs)
+        return hidden_states
+
+
+def _layer_plan(plan: dict | None) -> dict:
+    return {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
+
+
+def insert_image_features(
+    inputs_embeds: torch.Tensor, is_vision: torch.BoolTensor | None, image_features: torch.Tensor
+) -> torch.Tensor:
+    """Puts image features `(number of vision tokens of the batch, D)` at the vision tokens of `(B, T, D)`.
+
+    Raises:
+        ValueError: their numbers differ; the message gives both and the number of vision tokens of each row.
+    """
+    per_row = [0] * len(inputs_embeds) if is_vision is None else is_vision.sum(-1).tolist()
+    if sum(per_row) != len(image_features):
+        raise ValueError(
+            f"The prompts hold {sum(per_row)} image tokens (by row: {per_row}) but the images give "
+            f"{len(image_features)} features. Each image needs as many image tokens as it has features: let the "
+            "processor expand <image>, and pass every image of the batch."
+        )
+    is_vision = is_vision[..., None].to(inputs_embeds.device)
+    return inputs_embeds.masked_scatter(is_vision, image_features.to(inputs_embeds.device, inputs_embeds.dtype))
+
+
+def expand_outputs(
+    outputs: BaseModelOutputWithPast, text: StreamPlan | None, config: DPVRConfig
+) -> BaseModelOutputWithPast:
+    """Gives what the text-only layers recorded the shapes of all tokens.
+
+    Their hidden states `(B, N, D)` become `(B, T, D)`; a vision token keeps the state in which it was routed out.
+    Their attentions `(B, H, N, slots)` become `(B, H, T, columns)`, zero in the rows and columns of vision tokens.
+    """
+    first, last = config.saturation_layer, config.first_fusion_layer
+    if outputs.hidden_states:
+        states = list(outputs.hidden_states)
+        routed_out = states[first]
+        if text is None:
+            states[first + 1 : first + 1] = [routed_out] * (last - first)
+        else:
+            states[first + 1 : last + 1] = [text.stream.put(routed_out, x) for x in states[first + 1 : last + 1]]
+        outputs.hidden_states = tuple(states)
+    if outputs.attentions:
+        attentions = list(outputs.attentions)
+        if text is None:
+            attentions[first:first] = [torch.zeros_like(attentions[0])] * (last - first)
+        else:
+            attentions[first:last] = [expand_attention(x, text, attentions[0].shape) for x in attentions[first:last]]
+        outputs.attentions = tuple(attentions)
+    return outputs
+
+
+def expand_attention(attention: torch.Tensor, text: StreamPlan, shape: torch.Size) -> torch.Tensor:
+    """Attention of the text stream `(B, H, N, slots)` among all tokens, `shape` `(B, H, T, columns)`."""
+    attention = attention * (text.stream.valid[:, None, :, None] & (text.slots > 0)[:, None, None])
+    columns = (text.slots - 1).clamp(min=0)[:, None, None].expand_as(attention)
+    rows = attention.new_zeros(*attention.shape[:3], shape[3]).scatter_add(3, columns, attention)
+    index = text.stream.index[:, None, :, None].expand_as(rows)
+    return attention.new_zeros(shape).scatter_add(2, index, rows)
+
+
+class DPVRPreTrainedModel(LlavaPreTrainedModel):
+    config: DPVRConfig
+    config_class = DPVRConfig
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        """Side-branch weights that a checkpoint lacks start as the identity map, so the model starts from LLaVA's own.
+
+        Each layer is a copy of the saturation layer whose two output projections are zero. Here and not in
+        `_init_weights`, which transformers skips for custom code on modules without parameters of their own.
+        """
+        super().initialize_weights()
+        for model in (module for module in self.modules() if isinstance(module, DPVRModel)):
+            if hasattr(model, "side_branch"):  # absent while LlavaModel's own constructor runs
+                model.initialize_side_branch()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the code files and the entries of every auto class are written along."""
+        model_class = "modeling_dpvr.DPVRForConditionalGeneration"
+        self.config.auto_map = {
+            "AutoConfig": "configuration_dpvr.DPVRConfig",
+            "AutoProcessor": "processing_dpvr.DPVRProcessor",
+            "AutoModel": model_class,
+            "AutoModelForImageTextToText": model_class,
+            "AutoModelForMultimodalLM": model_class,
+        }
+        return super().save_pretrained(save_directory, **kwargs)
+
+
+class DPVRModel(DPVRPreTrainedModel, LlavaModel):
+    """LLaVA without its head, whose decoder routes vision tokens (see the figure at the top of this file)."""
+
+    # Recorded by the decoder's own layers; no module of this class is to be recorded, the side branch least of all
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(nn.Identity, layer_name="nowhere"),
+        "attentions": OutputRecorder(nn.Identity, layer_name="nowhere"),
+    }
+
+    def __init__(self, config: DPVRConfig):
+        super().__init__(config)
+        self.side_branch = SideBranch(config, self.language_model)
+        self.post_init()
+        self._pp_plan = {}  # LLaVA's describes a plain loop over the layers
+
+    def initialize_side_branch(self) -> None:
+        source = self.language_model.layers[self.config.saturation_layer]
+        for layer in self.side_branch.layers:
+            for name, weight in layer.named_parameters():
+                # These keep weights that came from a checkpoint
+                if name.startswith(("self_attn.o_proj", "mlp.down_proj")):
+                    initialization.zeros_(weight)
+                else:
+                    initialization.copy_(weight, source.get_parameter(name))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> LlavaModelOutputWithPast:
+        """Arguments and errors as in [`DPVRForConditionalGeneration.forward`]; `last_hidden_state` is `(B, T, D)`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if image_outputs is not None:
+                raise ValueError(
+                    "Pass pixel_values or mm_encoder_outputs['image'], not both: they are the same images."
+                )
+            image_outputs = self.get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                image_sizes=image_sizes,
+                return_dict=True,
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_features = None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
+
+        is_decoding = inputs_embeds.shape[1] == 1 and past_key_values is not None and self.has_filled(past_key_values)
+        is_vision = self.find_vision_tokens(
+            input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, is_decoding
+        )
+        if image_features is not None:
+            inputs_embeds = insert_image_features(inputs_embeds, is_vision, image_features)
+
+        if use_cache is None:
+            is_checkpointing = self.training and any(x.gradient_checkpointing for x in self.language_model.layers)
+            use_cache = self.config.text_config.use_cache and not is_checkpointing
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        outputs = self.decode(inputs_embeds, is_vision, attention_mask, position_ids, past_key_values, **kwargs)
+        return LlavaModelOutputWithPast(**outputs, image_hidden_states=image_features)
+
+    def find_vision_tokens(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        mm_token_type_ids: torch.LongTensor | None,
+        has_images: bool,
+        is_decoding: bool,
+    ) -> torch.BoolTensor | None:
+        """Where this call holds vision tokens, `(B, T)`, or None if nowhere. Never guesses: it knows or raises.
+
+        `mm_token_type_ids` says it. Without, image tokens among `input_ids` are vision tokens if images come with
+        them; a single token after a filled cache is text, as it is when it was generated.
+        """
+        shape = inputs_embeds.shape[:2]
+        if mm_token_type_ids is not None:
+            if mm_token_type_ids.shape != shape:
+                raise ValueError(
+                    f"mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)} but this call holds tokens of "
+                    f"shape {tuple(shape)}. Pass those of the new tokens alone, 1 at image tokens and 0 elsewhere."
+                )
+            is_vision = mm_token_type_ids == 1
+        elif input_ids is None and has_images:
+            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            is_vision = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        elif input_ids is None:
+            raise ValueError(
+                "inputs_embeds alone does not tell which tokens are vision tokens. Pass mm_token_type_ids of shape "
+                f"{tuple(shape)}: 1 where inputs_embeds holds an image feature, 0 elsewhere (all zeros for text)."
+            )
+        elif is_decoding and not has_images:
+            return None
+        else:
+            is_vision = input_ids == self.config.image_token_id
+        if not is_vision.any():
+            return None
+        if input_ids is not None and not has_images:
+            raise ValueError(
+                f"input_ids hold image tokens (by row: {is_vision.sum(-1).tolist()}) but no image came with them. "
+                "Pass pixel_values; or inputs_embeds that hold the image features, with mm_token_type_ids; or, if "
+                "these are generated tokens and no images, mm_token_type_ids of zeros."
+            )
+        return is_vision
+
+    def decode(
+        self,
+        inputs_embeds: torch.Tensor,
+        is_vision: torch.BoolTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        cache: Cache | None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """The decoder on embeddings `(B, T, D)`: finds the streams, routes them, gives outputs their usual shapes."""
+        num_seen = 0
+        if cache is not None:
+            self.add_stream_layers(cache)
+            num_seen = cache.get_seq_length()
+        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen
+        self._refuse_unsupported(attention_mask, position_ids, cache, num_seen, len(columns), kwargs)
+        position_ids = columns[None] if position_ids is None else position_ids
+        rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
+        call = Call(attention_mask, position_ids, columns, rotary, cache)
+        text, vision = self.plan_streams(inputs_embeds, is_vision, call)
+        return expand_outputs(self.route(inputs_embeds, text, vision, call, **kwargs), text, self.config)
+
+    @capture_outputs
+    def route(
+        self, hidden_states: torch.Tensor, text: StreamPlan | None, vision: StreamPlan | None, call: Call, **kwargs
+    ) -> BaseModelOutputWithPast:
+        """Dual-path routing. Rotary phases come from the original positions in every stream; `position_ids` go to the
+        layers that see all tokens only, because flash attention reads gaps in them as borders of packed sequences."""
+        decoder, config = self.language_model, self.config
+        layers = decoder.layers[: config.text_config.num_hidden_layers]
+        cached = {"past_key_values": call.cache, **kwargs}
+        joint_mask = create_causal_mask(
+            config=decoder.config,
+            inputs_embeds=hidden_states,
+            attention_mask=call.attention_mask,
+            past_key_values=call.cache,
+            position_ids=call.position_ids,
+        )
+        joint = {
+            "attention_mask": joint_mask,
+            "position_embeddings": call.rotary,
+            "position_ids": call.position_ids,
+            **cached,
+        }
+
+        for layer in layers[: config.saturation_layer]:
+            hidden_states = layer(hidden_states, **joint)
+
+        saturated = hidden_states
+        if vision is not None:
+            vision_states = self.side_branch(vision.stream.take(saturated), vision, **cached)
+            hidden_states = vision.stream.put(hidden_states, vision_states)
+        if text is not None:
+            text_states = text.stream.take(saturated)
+            for layer in layers[config.saturation_layer : config.first_fusion_layer]:
+                text_states = layer(text_states, attention_mask=text.mask, position_embeddings=text.rotary, **cached)
+            hidden_states = text.stream.put(hidden_states, text_states)
+
+        for layer in layers[config.first_fusion_layer :]:
+            hidden_states = layer(hidden_states, **joint)
+        return BaseModelOutputWithPast(decoder.norm(hidden_states), call.cache)
+
+    def plan_streams(
+        self, hidden_states: torch.Tensor, is_vision: torch.BoolTensor | None, call: Call
+    ) -> tuple[StreamPlan | None, StreamPlan | None]:
+        """Plans of the text and the vision stream, None for a stream without tokens in this call.
+
+        Args:
+            hidden_states: `(B, T, D)`.
+            is_vision: `(B, T)`, or None if all tokens are text.
+        """
+        is_token = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        if call.padding_mask is not None:
+            is_token = call.padding_mask[:, call.columns].bool()
+        if is_vision is None:  # no packing: shapes that do not depend on the data let the decode step compile
+            index = torch.arange(hidden_states.shape[1], device=is_token.device)
+            text, vision = Stream(index.expand_as(is_token), is_token), None
+        else:
+            text, vision = split_streams(is_vision, is_token)
+        num_layers = self.config.text_config.num_hidden_layers
+        text_slots = num_layers + self.config.num_side_layers
+        return (
+            text and self.plan_stream(text, self.config.saturation_layer, text_slots, hidden_states, call),
+            vision and self.plan_stream(vision, num_layers, text_slots + 1, hidden_states, call),
+        )
+
+    def plan_stream(
+        self, stream: Stream, layer_idx: int, slot_idx: int, hidden_states: torch.Tensor, call: Call
+    ) -> StreamPlan:
+        """The plan of one stream, whose keys and values are cached from `layer_idx` on and its slots at `slot_idx`."""
+        slots = torch.where(stream.valid, call.columns[stream.index] + 1, 0)
+        if call.cache is not None:
+            stored = slots[:, None, :, None]
+            slots = call.cache.layers[slot_idx].update(stored, stored[..., :0])[0][:, 0, :, 0]
+        if call.attention_mask is not None and call.padding_mask is None:
+            mask = select_mask(call.attention_mask, stream.index, slots)
+        else:
+            is_visible = slots > 0
+            if call.padding_mask is not None:
+                is_visible = is_visible & call.padding_mask.gather(1, (slots - 1).clamp(min=0)).bool()
+            mask = create_causal_mask(
+                config=self.language_model.config,
+                inputs_embeds=stream.take(hidden_states[..., :0]),
+                attention_mask=is_visible,
+                past_key_values=call.cache,
+                layer_idx=layer_idx,
+            )
+        return StreamPlan(stream, tuple(stream.take(x) for x in call.rotary), mask, slots)
+
+    def has_filled(self, cache: Cache) -> bool:
+        """Whether this model extended the cache, which it does when it first writes to it."""
+        return len(cache.layers) == self.config.text_config.num_hidden_layers + self.config.num_side_layers + 2
+
+    def add_stream_layers(self, cache: Cache) -> None:
+        """Extends any cache that `generate` or a user made, once: after the decoder's layers come those of the side
+        branch, the slots of the text stream and the slots of the vision stream.
+
+        Raises:
+            ValueError: the cache already holds tokens that this model did not write.
+        """
+        layers, num_layers = cache.layers, self.config.text_config.num_hidden_layers
+        num_side_layers = self.config.num_side_layers
+        if self.has_filled(cache):
+            return
+        if len(layers) > num_layers or (layers and layers[0].is_initialized and layers[0].get_seq_length() > 0):
+            raise ValueError(
+                f"past_key_values has {len(layers)} layers and holds {cache.get_seq_length()} tokens, but this model, "
+                f"of {num_layers} layers and {num_side_layers} side layers, did not write them: which are vision "
+                "tokens is unknown. Pass an empty cache, or one that this model filled."
+            )
+        layers.extend(DynamicLayer() for _ in range(num_layers - len(layers)))
+        if isinstance(layers[0], StaticLayer):
+            layers.extend(StaticLayer(layers[0].max_cache_len) for _ in range(num_side_layers + 2))
+        else:
+            layers.extend(VisionLayer() for _ in range(num_side_layers))
+            layers.extend([SlotLayer(layers[0], cropped=True), SlotLayer(layers[0], cropped=False)])
+
+    def _refuse_unsupported(
+        self,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        cache: Cache | None,
+        num_seen: int | torch.Tensor,
+        length: int,
+        kwargs: dict,
+    ) -> None:
+        """Refuses what would be computed wrongly without a word."""
+        num_masked = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else None
+        if num_masked is not None and isinstance(num_seen, int) and num_masked < num_seen + length:
+            raise ValueError(
+                f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
+                f"more. Pass a mask of {num_seen + length} columns."
+            )
+        is_packed = attention_mask is None and cache is None and position_ids is not None and length > 1
+        if "cu_seq_lens_q" in kwargs or (is_packed and (position_ids.diff(dim=-1) != 1).any()):
+            raise ValueError(
+                "Several sequences packed into one row (position_ids that restart, or cu_seq_lens_q) cannot be "
+                "routed. Pass one sequence a row, padded, with an attention_mask."
+            )
+        text_config = self.config.text_config
+        layer_types = getattr(text_config, "layer_types", None) or []
+        window = getattr(text_config, "sliding_window", None)
+        is_sliding = "sliding_attention" in layer_types or (window is not None and not layer_types)
+        if is_sliding and int(num_seen) + length > window:
+            raise ValueError(
+                f"{int(num_seen) + length} tokens exceed text_config.sliding_window={window}. Sliding attention is "
+                "not routed: keep within the window, or set sliding_window to None if the backbone allows it."
+            )
+
+
+class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
+    """DPVR-LF with a language modeling head: LLaVA at a lower cost, with the same inputs, outputs and generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: DPVRConfig):
+        super().__init__(config)
+        self.model = DPVRModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Image features after the projector, as [`~transformers.LlavaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> tuple | LlavaCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids: `(B, T)`, prompts with `<image>` expanded to one image token per image feature.
+            pixel_values: `(number of images, channels, height, width)`, in the order of the prompts.
+            attention_mask: `(B, tokens in the cache + T)`, 0 at padding on either side; a 4D mask is taken as it is.
+            position_ids: `(B, T)`; by default the place in the row.
+            past_key_values: any transformers cache, empty or filled by this model. It is extended in place.
+            inputs_embeds: `(B, T, D)` in place of `input_ids`.
+            mm_token_type_ids: `(B, T)`, 1 at vision tokens, 0 at text. `DPVRProcessor` and `generate` give it. Needed
+                with `inputs_embeds`; with `input_ids` the image tokens tell, where images come with them.
+            labels: `(B, T)`, -100 where no loss is wanted.
+            logits_to_keep: number of last positions (0: all), or their indices, to compute logits for.
+            mm_encoder_outputs: `{"image": outputs of get_image_features}` in place of `pixel_values`.
+
+        Returns:
+            `LlavaCausalLMOutputWithPast`. `hidden_states` and `attentions` have the usual full shapes: in text-only
+            layers a vision token keeps the state in which it was routed out, and its attention is zero.
+
+        Raises:
+            ValueError: which tokens are vision tokens is unknown, their number differs from that of the image
+                features, shapes disagree, or the cache holds tokens of another model.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoModel, AutoProcessor
+
+        >>> model = AutoModel.from_pretrained("dpvr-tiny", trust_remote_code=True)
+        >>> processor = AutoProcessor.from_pretrained("dpvr-tiny", trust_remote_code=True)
+        >>> prompt = "USER: <image>\nHow many times does the digit seven appear? ASSISTANT:"
+        >>> inputs = processor(images=Image.open("digits.png"), text=prompt, return_tensors="pt")
+        >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
+        ```"""
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            use_cache=use_cache,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        # -0 keeps all
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        outputs = LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """As in transformers; keeps `mm_token_type_ids` in step with the tokens."""
+        if mm_token_type_ids is not None:
+            # Candidate tokens of assisted decoding are text that transformers adds to `input_ids` alone
+            num_candidates = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
+            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_candidates))
+            length = mm_token_type_ids.shape[1]
+            if length != input_ids.shape[1] and attention_mask is not None and length != attention_mask.shape[-1]:
+                raise ValueError(
+                    f"mm_token_type_ids cover {length} tokens, but input_ids hold {input_ids.shape[1]} and "
+                    f"attention_mask {attention_mask.shape[-1]}: which tokens they speak of is unknown. Pass the full "
+                    "sequence in all three."
+                )
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if is_first_iteration or inputs.get("input_ids") is None:
+            return inputs
+        if inputs["input_ids"].shape[1] == 1:
+            inputs.pop("mm_token_type_ids", None)  # a generated token is text: nothing to look up on the device
+        elif "mm_encoder_outputs" not in inputs and kwargs.get("mm_encoder_outputs"):
+            self._give_images_to_assistant(inputs, kwargs["mm_encoder_outputs"])
+        return inputs
+
+    def _give_images_to_assistant(self, inputs: dict, mm_encoder_outputs: dict) -> None:
+        """Transformers drops the target model's image features from the prompt of an assistant model. They fit where
+        both share a vision tower and projector; else the assistant takes image tokens for text, as LLaVA does, and
+        the target corrects it."""
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            return
+        features = mm_encoder_outputs["image"].pooler_output
+        num_image_tokens = (inputs["input_ids"] == self.config.image_token_id).sum()
+        fits = features[0].shape[-1] == self.config.text_config.hidden_size
+        if fits and num_image_tokens == sum(map(len, features)):
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        else:
+            inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs):
+        """Keeps the 2D mask, which routing needs to know padding, at the constant width that compilation needs."""
+        if attention_mask is None:
+            return None
+        return nn.functional.pad(attention_mask, (0, past_key_values.get_max_length(0) - attention_mask.shape[1]))
+
+
+DPVRForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["DPVRForConditionalGeneration", "DPVRModel", "DPVRPreTrainedModel"]
