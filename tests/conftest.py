@@ -1,0 +1,27 @@
+"""Small random models and batches of the kinds that users send. Nothing here needs a network."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The code is loaded as users load it, as remote code, into a module cache of this run's own
+_modules = tempfile.TemporaryDirectory(prefix="dpvr-modules-")
+os.environ["HF_MODULES_CACHE"] = _modules.name
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("dpvr", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dpvr"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT

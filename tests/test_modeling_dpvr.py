@@ -1,0 +1,724 @@
+"""The invariants of the model. `oracle.py` says what DPVR computes; LLaVA is the reference where routing is void."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import batch_logits
+from tiny import (
+    FIRST_TEXT,
+    IMAGE,
+    NUM_LAYERS,
+    TOKENS_PER_IMAGE,
+    DPVRConfig,
+    DPVRForConditionalGeneration,
+    make_batch,
+    make_dpvr,
+    make_llava,
+    text_config,
+)
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    StaticCache,
+)
+
+TOLERANCE = 1e-4
+RAGGED = ["ttItt", "tttt", "ItIt", "I", "ttI", "t"]
+BACKBONES = [
+    text_config(LlamaConfig),
+    text_config(MistralConfig, sliding_window=None),
+    text_config(Qwen2Config),
+    text_config(LlamaConfig, tie_word_embeddings=True),
+]
+backbones = pytest.mark.parametrize("text", BACKBONES, ids=["llama", "mistral", "qwen2", "tied"])
+rows_of_a_batch = st.lists(
+    st.text(alphabet="ttI", min_size=1, max_size=7).filter(lambda row: row.count("I") < 4), min_size=1, max_size=4
+)
+sides = st.sampled_from(["left", "right"])
+# Saturation layer, side layers, fusion layers of a decoder of 6 layers
+GEOMETRIES = [(1, 1, 1), (2, 1, 1), (3, 2, 2), (5, 1, 1), (1, 2, 5)]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {shape: make_dpvr(0, None, *shape) for shape in GEOMETRIES}
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models[2, 1, 1]
+
+
+@pytest.fixture(autouse=True)
+def no_grad(request):
+    with torch.set_grad_enabled("train" in request.node.name):
+        yield
+
+
+def without(batch, *names):
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+def real_logits(logits, batch):
+    """Logits of the tokens that are not padding, per row."""
+    return [row[mask.bool()] for row, mask in zip(logits, batch["attention_mask"], strict=True)]
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance
+
+
+def positions(batch):
+    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+def embed(model, batch):
+    """The batch as embeddings, so that it can be cut inside an image."""
+    features = model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    return embeds.masked_scatter((batch["input_ids"] == IMAGE)[..., None], torch.cat(list(features)))
+
+
+# --- what routing leaves alone -------------------------------------------------------------------------------------
+
+
+@backbones
+def test_text_only_prompts_give_llavas_own_logits(text):
+    llava = make_llava(text=copy.deepcopy(text))
+    dpvr = make_dpvr(text=copy.deepcopy(text))
+    dpvr.load_state_dict(llava.state_dict(), strict=False)
+    batch = without(make_batch(["ttttt", "tt", "t"]), "pixel_values")
+    assert torch.equal(dpvr(**batch).logits, llava(**without(batch, "mm_token_type_ids")).logits)
+
+
+@backbones
+@pytest.mark.parametrize("num_fusion_layers", [1, 3])
+def test_identity_branch_without_text_only_layers_gives_llavas_own_logits(text, num_fusion_layers):
+    llava = make_llava(text=copy.deepcopy(text))
+    first_fusion = NUM_LAYERS - num_fusion_layers
+    dpvr = make_dpvr(1, copy.deepcopy(text), first_fusion, 1, num_fusion_layers, random_branch=False)
+    missing, unexpected = dpvr.load_state_dict(llava.state_dict(), strict=False)
+    assert not unexpected
+    assert all("side_branch" in name for name in missing)
+    for side in ("left", "right"):
+        batch = make_batch(RAGGED, side)
+        expected = llava(**without(batch, "mm_token_type_ids")).logits
+        for actual, reference in zip(
+            real_logits(dpvr(**batch).logits, batch), real_logits(expected, batch), strict=True
+        ):
+            assert_close(actual, reference)
+
+
+# --- against the oracle --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@settings(max_examples=300)
+@given(rows=rows_of_a_batch, side=sides, geometry=st.sampled_from(GEOMETRIES), seed=st.integers(0, 9))
+def test_any_ragged_batch_gives_the_oracles_logits(models, attention, rows, side, geometry, seed):
+    dpvr = models[geometry]
+    dpvr.set_attn_implementation(attention)
+    batch = make_batch(rows, side, seed)
+    with torch.no_grad():
+        logits = dpvr(**batch).logits
+    assert torch.isfinite(logits).all()
+    expected = batch_logits(dpvr, batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+    for actual, reference in zip(real_logits(logits, batch), expected, strict=True):
+        assert_close(actual, reference)
+
+
+@backbones
+def test_every_backbone_gives_the_oracles_logits(text):
+    dpvr = make_dpvr(text=copy.deepcopy(text))
+    batch = make_batch(RAGGED)
+    expected = batch_logits(dpvr, batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+    for actual, reference in zip(real_logits(dpvr(**batch).logits, batch), expected, strict=True):
+        assert_close(actual, reference)
+
+
+def test_flex_attention_gives_the_logits_of_sdpa(model):
+    batch = make_batch(RAGGED)
+    expected = model(**batch).logits
+    flex = copy.deepcopy(model)
+    flex.set_attn_implementation({"text_config": "flex_attention", "vision_config": "sdpa"})
+    for actual, reference in zip(real_logits(flex(**batch).logits, batch), real_logits(expected, batch), strict=True):
+        assert_close(actual, reference)
+
+
+@settings(max_examples=60)
+@given(rows=rows_of_a_batch, side=sides, seed=st.integers(0, 9))
+def test_a_row_does_not_depend_on_its_companions(model, rows, side, seed):
+    batch = make_batch(rows, side, seed)
+    with torch.no_grad():
+        together = real_logits(model(**batch).logits, batch)
+        images = iter(batch["pixel_values"] if batch["pixel_values"] is not None else [])
+        for row, mask, logits in zip(batch["input_ids"], batch["attention_mask"].bool(), together, strict=True):
+            ids = row[mask][None]
+            pixels = [next(images) for _ in range(int((ids == IMAGE).sum()) // TOKENS_PER_IMAGE)]
+            alone = model(input_ids=ids, pixel_values=torch.stack(pixels) if pixels else None)
+            assert_close(logits, alone.logits[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision_follows_fp32(model, dtype, attention):
+    batch = make_batch(RAGGED)
+    expected = model(**batch).logits
+    half = copy.deepcopy(model).to(dtype)
+    half.set_attn_implementation(attention)
+    logits = half(**batch).logits
+    assert logits.dtype == dtype
+    for actual, reference in zip(real_logits(logits, batch), real_logits(expected, batch), strict=True):
+        assert torch.nn.functional.cosine_similarity(actual.float(), reference, dim=-1).min() > 0.99
+
+
+# --- the routing is real -------------------------------------------------------------------------------------------
+
+
+def test_text_only_layers_and_caches_hold_no_vision_token(model):
+    lengths = {}
+
+    def record(name):
+        def hook(_, args, output):
+            lengths[name] = args[0].shape[1]
+
+        return hook
+
+    layers = model.model.language_model.layers
+    handles = [layer.register_forward_hook(record(i)) for i, layer in enumerate(layers)]
+    handles.append(model.model.side_branch.layers[0].register_forward_hook(record("side")))
+    batch = make_batch(["ttItt", "ItttI"])  # 8 and 11 tokens, of which 4 and 3 text, 4 and 8 vision
+    cache = model(**batch).past_key_values
+    for handle in handles:
+        handle.remove()
+    assert lengths == {0: 11, 1: 11, 2: 4, 3: 4, 4: 4, 5: 11, "side": 8}
+    assert [cache.get_seq_length(i) for i in range(NUM_LAYERS)] == [11, 11, 4, 4, 4, 11]
+    assert cache.get_seq_length(NUM_LAYERS) == 8
+    # The slots name each row's own columns, in order, after as much padding as it lacks tokens
+    assert cache.layers[NUM_LAYERS + 1].keys[:, 0, :, 0].tolist() == [[4, 5, 10, 11], [0, 5, 6, 7]]
+
+
+def test_nothing_of_the_side_branch_runs_without_an_image(model):
+    calls = []
+    handle = model.model.side_branch.register_forward_hook(lambda *_: calls.append(1))
+    model(**make_batch(["tt", "t"]))
+    handle.remove()
+    assert not calls
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=120)
+@given(data=st.data(), rows=rows_of_a_batch, geometry=st.sampled_from(GEOMETRIES), seed=st.integers(0, 9))
+def test_a_prompt_cut_anywhere_gives_the_logits_of_one_call(models, data, rows, geometry, seed):
+    dpvr = models[geometry]
+    batch = make_batch(rows, data.draw(sides), seed)
+    width = batch["input_ids"].shape[1]
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, width - 1)), max_size=4))) if width > 1 else []
+    with torch.no_grad():
+        expected = real_logits(dpvr(**batch).logits, batch)
+        embeds = (
+            embed(dpvr, batch)
+            if batch["pixel_values"] is not None
+            else dpvr.get_input_embeddings()(batch["input_ids"])
+        )
+        cache, logits = DynamicCache(), []
+        for start, stop in zip([0, *cuts], [*cuts, width], strict=True):
+            outputs = dpvr(
+                inputs_embeds=embeds[:, start:stop],
+                attention_mask=batch["attention_mask"][:, :stop],
+                mm_token_type_ids=batch["mm_token_type_ids"][:, start:stop],
+                past_key_values=cache,
+            )
+            logits.append(outputs.logits)
+    for actual, reference in zip(real_logits(torch.cat(logits, 1), batch), expected, strict=True):
+        assert_close(actual, reference)
+
+
+def test_token_by_token_gives_the_logits_of_one_call(model):
+    batch = make_batch(["tItIt", "ttttttttttt"])
+    embeds, cache = embed(model, batch), DynamicCache(config=model.config)
+    steps = [
+        model(
+            inputs_embeds=embeds[:, i : i + 1],
+            attention_mask=batch["attention_mask"][:, : i + 1],
+            mm_token_type_ids=batch["mm_token_type_ids"][:, i : i + 1],
+            past_key_values=cache,
+        ).logits
+        for i in range(embeds.shape[1])
+    ]
+    assert_close(torch.cat(steps, 1), model(**batch).logits)
+
+
+def test_turns_with_an_image_in_a_later_turn_give_the_logits_of_one_call(model):
+    first, second = make_batch(["tttt", "ttItt"]), make_batch(["tIttt", "ttttI"], "right", seed=1)
+    joined = {name: torch.cat([first[name], second[name]], 1) for name in ("input_ids", "attention_mask")}
+    images = [first["pixel_values"][0], second["pixel_values"][0], second["pixel_values"][1]]
+    # Images come in the order of the rows: row 0 has one in turn 2, row 1 one in each turn
+    joined["pixel_values"] = torch.stack([images[1], images[0], images[2]])
+    cache = model(**first).past_key_values
+    cached = model(**{**second, "attention_mask": joined["attention_mask"]}, past_key_values=cache)
+    expected = model(**joined).logits[:, first["input_ids"].shape[1] :]
+    for actual, reference in zip(real_logits(cached.logits, second), real_logits(expected, second), strict=True):
+        assert_close(actual, reference)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_manual_loop_without_mm_token_type_ids_gives_the_right_logits(model, side):
+    batch = make_batch(RAGGED, side)
+    outputs = model(**without(batch, "mm_token_type_ids"), position_ids=positions(batch))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    position = positions(batch).amax(-1, keepdim=True)
+    types = batch["mm_token_type_ids"]
+    for _ in range(3):
+        token = torch.full((len(ids), 1), FIRST_TEXT)
+        ids, mask, position = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1), position + 1
+        types = torch.cat([types, torch.zeros_like(token)], 1)
+        outputs = model(
+            input_ids=token, attention_mask=mask, position_ids=position, past_key_values=outputs.past_key_values
+        )
+        whole = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            mm_token_type_ids=types,
+            pixel_values=batch["pixel_values"],
+        )
+        assert_close(outputs.logits[:, -1], whole.logits[:, -1])
+
+
+def test_a_second_call_and_a_second_model_change_nothing(model):
+    batch = make_batch(RAGGED)
+    first = model(**batch).logits
+    other = make_dpvr(7, None, 4, 2, 2)
+    other(**batch)
+    model(**make_batch(["ttt"]))
+    assert torch.equal(model(**batch).logits, first)
+
+
+def test_a_crop_of_generated_tokens_goes_back_and_one_through_an_image_is_refused(model):
+    batch = make_batch(["ttItt"])
+    cache = model(**batch).past_key_values
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    more = {"input_ids": torch.tensor([[9, 10, 11]]), "attention_mask": torch.ones(1, 11, dtype=torch.long)}
+    expected = model(**more, past_key_values=cache).logits
+    cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    assert_close(model(**more, past_key_values=copy.deepcopy(cache)).logits, expected)
+    with pytest.raises(ValueError, match="last 3 tokens of this cache: they hold vision tokens"):
+        cache.crop(-3)
+
+
+def test_a_crop_through_right_padding_is_refused(model):
+    cache = model(**make_batch(["ttttt", "tI", "t"], "right")).past_key_values
+    with pytest.raises(ValueError, match="right padding"):
+        cache.crop(-1)
+
+
+def test_a_4d_mask_is_routed_as_the_2d_mask_that_it_stands_for(model):
+    batch = make_batch(RAGGED)
+    width = batch["input_ids"].shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool).tril() & batch["attention_mask"].bool()[:, None, None]
+    causal |= torch.eye(width, dtype=torch.bool)
+    logits = model(**{**batch, "attention_mask": causal}).logits
+    expected = model(**batch).logits
+    for actual, reference in zip(real_logits(logits, batch), real_logits(expected, batch), strict=True):
+        assert_close(actual, reference)
+
+
+# --- what cannot be known is refused -------------------------------------------------------------------------------
+
+
+def test_unknown_vision_tokens_are_refused_with_what_to_pass(model):
+    batch = make_batch(["ttItt"])
+    with pytest.raises(ValueError, match=r"by row: \[4\].*no image came with them.*pixel_values"):
+        model(**without(batch, "pixel_values"))
+    with pytest.raises(ValueError, match="Pass mm_token_type_ids of shape"):
+        model(inputs_embeds=embed(model, batch))
+    cache = model(**batch).past_key_values
+    with pytest.raises(ValueError, match=r"mm_token_type_ids has shape \(1, 8\).*\(1, 1\)"):
+        model(input_ids=torch.tensor([[9]]), mm_token_type_ids=batch["mm_token_type_ids"], past_key_values=cache)
+
+
+def test_a_wrong_number_of_images_is_refused_with_both_numbers(model):
+    batch = make_batch(["tIt", "II"])
+    with pytest.raises(ValueError, match=r"hold 12 image tokens \(by row: \[4, 8\]\) but the images give 8 features"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:2]})
+    with pytest.raises(ValueError, match="hold 0 image tokens"):
+        model(**{**make_batch(["tt"]), "pixel_values": batch["pixel_values"][:1]})
+
+
+def test_a_cache_of_another_model_is_refused(model):
+    cache = make_llava()(input_ids=torch.tensor([[7, 8]])).past_key_values
+    with pytest.raises(ValueError, match="holds 2 tokens, but this model"):
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+
+
+def test_an_attention_mask_that_misses_the_cache_is_refused(model):
+    cache = model(**make_batch(["ttItt"])).past_key_values
+    with pytest.raises(ValueError, match="covers 1 tokens, but the cache holds 8 and this call 1 more"):
+        model(input_ids=torch.tensor([[9]]), attention_mask=torch.ones(1, 1), past_key_values=cache)
+
+
+def test_packed_sequences_are_refused(model):
+    batch = without(make_batch(["tttttt"]), "attention_mask")
+    with pytest.raises(ValueError, match="packed"):
+        model(**batch, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+
+
+def test_a_prompt_longer_than_the_sliding_window_is_refused():
+    model = make_dpvr(text=text_config(MistralConfig, sliding_window=8))
+    model(**make_batch(["ttItt"]))
+    with pytest.raises(ValueError, match="9 tokens exceed text_config.sliding_window=8"):
+        model(**make_batch(["ttIttt"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"saturation_layer": 0}, "saturation_layer=0 must be between 1 and 5"),
+        ({"saturation_layer": 6}, "saturation_layer=6 must be between 1 and 5"),
+        ({"saturation_layer": 5, "num_fusion_layers": 2}, "saturation_layer=5 must be between 1 and 4"),
+        ({"num_fusion_layers": 0}, "num_fusion_layers=0 must be between 1 and 5"),
+        ({"num_fusion_layers": 6}, "num_fusion_layers=6 must be between 1 and 5"),
+        ({"num_side_layers": 0}, "num_side_layers=0 must be at least 1"),
+        ({"saturation_layer": "2"}, "saturation_layer='2' must be an integer"),
+    ],
+)
+def test_a_geometry_out_of_range_is_refused_by_its_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DPVRConfig(text_config=text_config(), **{"saturation_layer": 2, **fields})
+
+
+def test_the_default_configuration_is_llava_7b_with_the_papers_layers():
+    config = DPVRConfig()
+    assert (config.saturation_layer, config.first_fusion_layer, config.num_text_only_layers) == (18, 31, 13)
+    with torch.device("meta"):
+        model = DPVRForConditionalGeneration(config)
+    trainable = sum(weight.numel() for weight in model.model.side_branch.parameters())
+    assert trainable == 202_383_360
+    assert 0.028 < trainable / sum(weight.numel() for weight in model.parameters()) < 0.029
+
+
+# --- outputs -------------------------------------------------------------------------------------------------------
+
+
+def test_hidden_states_and_attentions_have_full_shapes():
+    model = make_dpvr()
+    model.set_attn_implementation("eager")
+    batch = make_batch(["ttItt", "tIIt"])
+    is_vision = batch["mm_token_type_ids"].bool()
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert [x.shape for x in outputs.hidden_states] == [(2, 10, 32)] * (NUM_LAYERS + 1)
+    assert [x.shape for x in outputs.attentions] == [(2, 4, 10, 10)] * NUM_LAYERS
+    for i in (3, 4, 5):  # after text-only layers 2, 3 and 4
+        assert torch.equal(outputs.hidden_states[i][is_vision], outputs.hidden_states[2][is_vision])
+        assert not torch.equal(outputs.hidden_states[i][~is_vision], outputs.hidden_states[i - 1][~is_vision])
+    is_text = batch["attention_mask"].bool() & ~is_vision
+    for attention in outputs.attentions[2:5]:
+        attention = attention.mean(1)
+        assert_close(attention.sum(-1), is_text.float())
+        assert_close(attention.sum(1)[~is_text], torch.zeros(int((~is_text).sum())))
+    plain = model(**batch)
+    assert plain.hidden_states is None
+    assert plain.attentions is None
+    assert torch.equal(plain.logits, outputs.logits)
+
+
+def test_recorded_states_of_an_image_without_text_and_of_a_cached_step_have_full_shapes():
+    model = make_dpvr()
+    model.set_attn_implementation("eager")
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    outputs = model(**make_batch(["I"]), **flags)
+    assert [x.shape for x in outputs.hidden_states] == [(1, 4, 32)] * (NUM_LAYERS + 1)
+    assert [x.shape for x in outputs.attentions] == [(1, 4, 4, 4)] * NUM_LAYERS
+    outputs = model(input_ids=torch.tensor([[9]]), past_key_values=outputs.past_key_values, **flags)
+    assert [x.shape for x in outputs.attentions] == [(1, 4, 1, 5)] * NUM_LAYERS
+    assert outputs.attentions[2][0, 0, 0].tolist() == [0, 0, 0, 0, 1]
+
+
+def test_logits_to_keep_and_tuples_are_as_in_llava(model):
+    batch = make_batch(["ttItt", "ttI"])
+    logits = model(**batch).logits
+    assert torch.equal(model(**batch, logits_to_keep=2).logits, logits[:, -2:])
+    assert_close(model(**batch, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
+    assert torch.equal(model(**batch, return_dict=False)[0], logits)
+
+
+# --- generation ----------------------------------------------------------------------------------------------------
+
+NUM_NEW = 8
+
+
+@pytest.fixture(scope="module")
+def generator():
+    model = make_dpvr()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def plain_loop(model, batch, num_new=NUM_NEW):
+    """Greedy decoding by whole recomputation."""
+    ids, mask, types = batch["input_ids"], batch["attention_mask"], batch["mm_token_type_ids"]
+    for _ in range(num_new):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=types,
+            pixel_values=batch["pixel_values"],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits
+        token = logits[:, -1:].argmax(-1)
+        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
+        types = torch.cat([types, torch.zeros_like(token)], 1)
+    return ids
+
+
+def generate(model, batch, **options):
+    torch.manual_seed(0)
+    return model.generate(**batch, **{"max_new_tokens": NUM_NEW, "do_sample": False, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"prefill_chunk_size": 1},
+        {"cache_implementation": "static", "prefill_chunk_size": 3},
+    ],
+    ids=str,
+)
+def test_greedy_generation_gives_the_tokens_of_the_plain_loop(generator, options):
+    batch = make_batch(RAGGED)
+    expected = plain_loop(generator, batch)
+    assert torch.equal(generate(generator, batch, **options), expected)
+    assert torch.equal(generate(generator, without(batch, "mm_token_type_ids"), **options), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "num_beams": 2, "top_k": 20},
+    ],
+    ids=str,
+)
+def test_beams_and_samples_are_the_same_with_any_cache(generator, options):
+    batch = make_batch(["ttItt", "ItI", "tt"])
+    expected = generate(generator, batch, use_cache=False, **options)
+    assert torch.equal(generate(generator, batch, **options), expected)
+    assert torch.equal(generate(generator, batch, cache_implementation="static", **options), expected)
+
+
+@pytest.mark.parametrize("row", ["ttItttt", "tIttIt", "ttI", "tttt"])
+def test_assisted_decoding_gives_the_tokens_of_the_plain_loop(generator, row):
+    batch = make_batch([row])
+    expected = plain_loop(generator, batch)
+    other = make_dpvr(seed=3)
+    same_backbone = make_dpvr(random_branch=False)
+    for assistant in (other, same_backbone, generator):
+        assert torch.equal(generate(generator, batch, assistant_model=assistant), expected)
+    assert torch.equal(generate(generator, batch, prompt_lookup_num_tokens=3), expected)
+
+
+def test_dpvr_assists_llava_with_the_images_that_llava_encoded():
+    llava = make_llava()
+    llava.generation_config.eos_token_id = None
+    dpvr = make_dpvr(saturation_layer=5, random_branch=False)  # computes what LLaVA does
+    dpvr.load_state_dict(llava.state_dict(), strict=False)
+    prompts = []
+    handle = dpvr.model.side_branch.register_forward_hook(lambda _, args, output: prompts.append(output.shape[1]))
+    batch = without(make_batch(["ttItt"]), "mm_token_type_ids")
+    tokens = generate(llava, batch, assistant_model=dpvr)
+    handle.remove()
+    assert torch.equal(tokens, generate(llava, batch))
+    assert prompts == [TOKENS_PER_IMAGE]
+
+
+def test_a_cache_carried_over_turns_gives_the_tokens_of_one_long_prompt(generator):
+    first, new = make_batch(["ttItt", "tttt"]), make_batch(["ttI", "tIt"], "right", seed=1)
+    turn = generate(generator, first, return_dict_in_generate=True)
+    answered = turn.sequences[:, :-1]  # the last token is not in the cache
+    images = [first["pixel_values"][0], new["pixel_values"][0], new["pixel_values"][1]]
+    ids = torch.cat([answered, new["input_ids"]], 1)
+    mask = torch.cat([first["attention_mask"], torch.ones(2, NUM_NEW - 1, dtype=torch.long), new["attention_mask"]], 1)
+    types = torch.cat(
+        [first["mm_token_type_ids"], torch.zeros(2, NUM_NEW - 1, dtype=torch.long), new["mm_token_type_ids"]], 1
+    )
+    whole = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+    expected = generate(generator, {**whole, "pixel_values": torch.stack(images)})
+    continued = generate(
+        generator, {**whole, "pixel_values": torch.stack(images[1:])}, past_key_values=turn.past_key_values
+    )
+    assert torch.equal(continued, expected)
+
+
+def test_generation_from_embeddings_gives_the_tokens_of_the_plain_loop(generator):
+    batch = make_batch(["ttItt", "tt"])
+    inputs = {
+        "inputs_embeds": embed(generator, batch),
+        "attention_mask": batch["attention_mask"],
+        "mm_token_type_ids": batch["mm_token_type_ids"],
+    }
+    expected = plain_loop(generator, batch)[:, batch["input_ids"].shape[1] :]
+    assert torch.equal(generate(generator, inputs), expected)
+
+
+def test_a_generated_image_token_is_text(generator):
+    """Sampling may emit the image token's id; it has no image behind it."""
+    model = copy.deepcopy(generator)
+    batch = make_batch(["ttItt", "tt"])
+
+    def only_image_token(input_ids, scores):
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([IMAGE]), 0.0)
+
+    for use_cache in (True, False):
+        tokens = generate(model, batch, logits_processor=[only_image_token], use_cache=use_cache)
+        assert (tokens[:, -NUM_NEW:] == IMAGE).all()
+
+
+def test_images_are_encoded_once(generator):
+    calls = []
+    handle = generator.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    generate(generator, make_batch(["ttItt", "tIt"]))
+    handle.remove()
+    assert len(calls) == 1
+
+
+def test_the_decode_step_compiles_into_one_graph(generator):
+    batch = make_batch(["ttItt", "tt"])
+    cache = StaticCache(config=generator.config, max_cache_len=24)
+    outputs = generator(**batch, position_ids=positions(batch), past_key_values=cache)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 24 - batch["attention_mask"].shape[1]))
+    position = positions(batch)[:, -1:]
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(generator.forward, fullgraph=True, backend=backend)
+    tokens = []
+    for i in range(4):
+        token = outputs.logits[:, -1:].argmax(-1)
+        tokens.append(token)
+        position = position + 1
+        mask[:, batch["input_ids"].shape[1] + i] = 1
+        outputs = step(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache)
+    assert len(graphs) == 1
+    expected = plain_loop(generator, batch, 4)[:, -4:]
+    assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saving_and_loading_keeps_every_weight(tmp_path, tied):
+    model = make_dpvr(text=text_config(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path)
+    loaded = DPVRForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    assert {"configuration_dpvr.py", "modeling_dpvr.py"} <= {path.name for path in tmp_path.iterdir()}
+    config = DPVRConfig.from_pretrained(tmp_path)
+    assert config.saturation_layer == 2
+    assert {"AutoConfig", "AutoModel", "AutoProcessor", "AutoModelForImageTextToText"} < set(config.auto_map)
+
+
+def test_a_llava_checkpoint_loads_and_its_missing_side_branch_starts_as_the_identity(tmp_path):
+    llava = make_llava()
+    llava.save_pretrained(tmp_path)
+    dpvr = DPVRForConditionalGeneration.from_pretrained(
+        tmp_path, config=make_dpvr(1, None, 5, 2, random_branch=False).config
+    ).eval()
+    batch = make_batch(["ttItt"])
+    assert_close(dpvr(**batch).logits, llava(**without(batch, "mm_token_type_ids")).logits)
+    for layer in dpvr.model.side_branch.layers:
+        assert not layer.self_attn.o_proj.weight.any()
+        assert torch.equal(layer.self_attn.q_proj.weight, llava.model.language_model.layers[5].self_attn.q_proj.weight)
+
+
+def test_saved_base_weights_are_those_of_a_llava_checkpoint(tmp_path):
+    """A converted folder is LLaVA's weights and a side branch: LLaVA itself loads it."""
+    model = make_dpvr()
+    model.save_pretrained(tmp_path)
+    llava = LlavaForConditionalGeneration.from_pretrained(tmp_path, config=make_llava().config)
+    for name, weight in llava.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def test_train_gradients_of_the_side_branch_are_those_of_finite_differences():
+    model = make_dpvr().double()
+    model.requires_grad_(False)
+    branch = list(model.model.side_branch.requires_grad_(True).parameters())
+    batch = make_batch(["ttItt", "tttI", "t"])
+    batch["pixel_values"] = batch["pixel_values"].double()
+    targets = batch["input_ids"].roll(-1, 1)
+
+    def loss():
+        return torch.nn.functional.cross_entropy(model(**batch).logits.flatten(0, 1), targets.flatten())
+
+    loss().backward()
+    step = 1e-3 / sum(weight.grad.square().sum() for weight in branch).sqrt()
+    losses = []
+    with torch.no_grad():
+        for sign in (1, -2):  # along the gradient, forth and then back
+            for weight in branch:
+                weight += sign * step * weight.grad
+            losses.append(loss())
+    numeric = (losses[0] - losses[1]) / (2 * step)
+    assert numeric == pytest.approx(float(sum(weight.grad.square().sum() for weight in branch)), rel=1e-3)
+
+
+def test_train_with_a_frozen_backbone_needs_no_graph_before_the_side_branch():
+    model = make_dpvr().train()
+    model.requires_grad_(False)
+    model.model.side_branch.requires_grad_(True)
+    needs_grad = {}
+
+    def record(i):
+        def hook(_, args, output):
+            needs_grad[i] = output.requires_grad
+
+        return hook
+
+    for i, layer in enumerate(model.model.language_model.layers):
+        layer.register_forward_hook(record(i))
+    batch = make_batch(["ttItt", "tIt"])
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert needs_grad == {0: False, 1: False, 2: False, 3: False, 4: False, 5: True}
+    assert all(weight.grad is not None for weight in model.model.side_branch.parameters())
+    assert all(weight.grad is None for name, weight in model.named_parameters() if "side_branch" not in name)
+
+
+def test_train_with_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    batch = make_batch(["ttItt", "tttI", "t"])
+    for checkpointing in (False, True):
+        model = make_dpvr().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            assert_close(gradients[1][name], gradient)
