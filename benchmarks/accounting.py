@@ -1,0 +1,279 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+FLOPs and KV-cache bytes of LLaVA and of DPVR, from a config alone.
+
+A `LlavaConfig` is counted dense, a `DPVRConfig` routed. One row, batch 1. V vision tokens, T text tokens.
+
+FLOPs are 2 per multiply-add of matrix products; norms, rotations, activations, softmax and sums are left out, as in
+`torch.utils.flop_counter`, with which the tests compare these numbers for equality. With D hidden size, H heads and
+G key/value heads of size h, I intermediate size, q positions that are computed, n positions that get keys and values,
+c positions in reach, one decoder layer costs
+
+    query and output projections   2 * q * (D * H * h + H * h * D)
+    key and value projections      2 * n * (D * G * h) * 2
+    scores and values              2 * q * c * H * h * 2       the full q x c matrix: causal masks save nothing here
+    gated MLP                      2 * q * 3 * D * I
+
+    layers          prefill: q, n, c                             decoding one token: q, n, c
+    joint           V + T, V + T, V + T                          1, 1, V + T + 1
+    side branch     V, V, V                                      not run
+    text-only       T, T, T                                      1, 1, T + 1
+    fusion          V + T, V + T, V + T                          1, 1, V + T + 1
+    last, if `skip_unread_vision`
+                    T, V + T, V + T                              1, 1, V + T + 1
+
+A dense LLaVA is all joint. The head costs `2 * D * vocabulary` per logit and the projector `2 * (D_v * D + D * D)` per
+vision token. The CLIP tower, N patches and all of its layers, costs `2 * 3 * patch^2 * D_v * N` for the patches and,
+per layer, the above with q = n = c = N + 1, G = H and an MLP of two matrices.
+
+A KV cache holds `2 * G * h * itemsize` bytes for each position of each layer: V + T in joint and fusion layers, T in
+text-only layers, V in the side branch. Sliding windows are taken to be longer than the prompt.
+
+Example:
+
+    python benchmarks/accounting.py                                    # LLaVA-1.5-7B, 576 + 64 tokens
+    python benchmarks/accounting.py path/to/checkpoint --vision-tokens 1152 --text-tokens 200
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, LlavaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configuration_dpvr lies beside this folder
+
+from configuration_dpvr import DPVRConfig
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What one decoder layer works on.
+
+    Attributes:
+        role: `"joint"`, `"side branch"`, `"text-only"` or `"fusion"`.
+        queries: positions whose output is computed.
+        new: positions whose keys and values are computed.
+        context: positions that a query can reach, those in the cache included.
+    """
+
+    role: str
+    queries: int
+    new: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one call, by part."""
+
+    vision_tower: int
+    projector: int
+    decoder: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.vision_tower + self.projector + self.decoder + self.head
+
+
+def _head_dim(text_config) -> int:
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
+def _roles(config: LlavaConfig) -> list[str]:
+    """The role of each layer that runs at prefill, in order; a dense LLaVA is all joint."""
+    num_layers = config.text_config.num_hidden_layers
+    if not hasattr(config, "saturation_layer"):
+        return ["joint"] * num_layers
+    num_text_only = num_layers - config.num_fusion_layers - config.saturation_layer
+    return [
+        *["joint"] * config.saturation_layer,
+        *["side branch"] * config.num_side_layers,
+        *["text-only"] * num_text_only,
+        *["fusion"] * config.num_fusion_layers,
+    ]
+
+
+def prefill_loads(
+    config: LlavaConfig, vision_tokens: int, text_tokens: int, skip_unread_vision: bool = False
+) -> list[LayerLoad]:
+    """The load of every layer when a prompt is read in one call.
+
+    Args:
+        config: A `LlavaConfig` (dense) or a `DPVRConfig` (routed).
+        vision_tokens, text_tokens: Tokens of each kind in the prompt.
+        skip_unread_vision: Whether a routed model computes only keys and values for the vision tokens of its last
+            layer, whose outputs nobody reads. The model of this repository computes them all, as a dense one does.
+    """
+    seen = {"side branch": vision_tokens, "text-only": text_tokens}
+    loads = []
+    for role in _roles(config):
+        length = seen.get(role, vision_tokens + text_tokens)
+        loads.append(LayerLoad(role, length, length, length))
+    if skip_unread_vision and loads[-1].role == "fusion":
+        loads[-1] = LayerLoad("fusion", text_tokens, loads[-1].new, loads[-1].context)
+    return [load for load in loads if load.new]
+
+
+def decode_loads(config: LlavaConfig, vision_tokens: int, text_tokens: int) -> list[LayerLoad]:
+    """The load of every layer when one text token follows a cached prompt of the given size."""
+    context = {"text-only": text_tokens + 1}
+    roles = [role for role in _roles(config) if role != "side branch"]
+    return [LayerLoad(role, 1, 1, context.get(role, vision_tokens + text_tokens + 1)) for role in roles]
+
+
+def layer_flops(text_config, load: LayerLoad) -> int:
+    """FLOPs of one decoder layer with grouped-query attention and a gated MLP (llama, mistral, qwen2)."""
+    hidden, head_dim = text_config.hidden_size, _head_dim(text_config)
+    query_width = text_config.num_attention_heads * head_dim
+    key_width = text_config.num_key_value_heads * head_dim
+    projections = 2 * load.queries * 2 * hidden * query_width + 2 * load.new * 2 * hidden * key_width
+    attention = 2 * 2 * load.queries * load.context * query_width
+    mlp = 2 * load.queries * 3 * hidden * text_config.intermediate_size
+    return projections + attention + mlp
+
+
+def tokens_per_image(config: LlavaConfig) -> int:
+    """Vision tokens of one image: CLIP's patches, and its class token if the config keeps it."""
+    vision = config.vision_config
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+    return num_patches + (config.vision_feature_select_strategy == "full")
+
+
+def vision_tower_flops(vision_config) -> int:
+    """FLOPs of a CLIP vision tower for one image; all layers run, whichever of them is read.
+
+    Raises:
+        ValueError: for another tower than `clip_vision_model`.
+    """
+    if vision_config.model_type != "clip_vision_model":
+        raise ValueError(f"FLOPs of vision tower {vision_config.model_type!r} are unknown: only clip_vision_model is.")
+    hidden, patch = vision_config.hidden_size, vision_config.patch_size
+    num_patches = (vision_config.image_size // patch) ** 2
+    length = num_patches + 1
+    embedding = 2 * vision_config.num_channels * patch**2 * hidden * num_patches
+    linear = 2 * length * (4 * hidden**2 + 2 * hidden * vision_config.intermediate_size)
+    attention = 2 * 2 * length**2 * hidden
+    return embedding + vision_config.num_hidden_layers * (linear + attention)
+
+
+def projector_flops(config: LlavaConfig, vision_tokens: int) -> int:
+    """FLOPs of the two-layer projector; several feature layers are concatenated before it."""
+    layers = config.vision_feature_layer
+    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    hidden = config.text_config.hidden_size
+    return 2 * vision_tokens * (width * hidden + hidden * hidden)
+
+
+def _decoder_flops(config: LlavaConfig, loads: list[LayerLoad]) -> int:
+    return sum(layer_flops(config.text_config, load) for load in loads)
+
+
+def _head_flops(config: LlavaConfig, num_logits: int) -> int:
+    return 2 * num_logits * config.text_config.hidden_size * config.text_config.vocab_size
+
+
+def prefill_flops(
+    config: LlavaConfig,
+    vision_tokens: int,
+    text_tokens: int,
+    *,
+    num_logits: int = 1,
+    skip_unread_vision: bool = False,
+) -> Flops:
+    """FLOPs of reading a prompt in one call.
+
+    Args:
+        config: A `LlavaConfig` (dense) or a `DPVRConfig` (routed).
+        vision_tokens: Vision tokens, a multiple of those of one image.
+        text_tokens: Text tokens.
+        num_logits: Positions that go through the head: 1 in `generate`, all in a plain call.
+        skip_unread_vision: See [`prefill_loads`].
+
+    Raises:
+        ValueError: if `vision_tokens` is not a whole number of images, or the tower is not CLIP's.
+    """
+    per_image = tokens_per_image(config)
+    if vision_tokens % per_image:
+        raise ValueError(f"vision_tokens={vision_tokens} is not a multiple of the {per_image} tokens of one image.")
+    loads = prefill_loads(config, vision_tokens, text_tokens, skip_unread_vision)
+    return Flops(
+        vision_tower=vision_tokens // per_image * vision_tower_flops(config.vision_config),
+        projector=projector_flops(config, vision_tokens),
+        decoder=_decoder_flops(config, loads),
+        head=_head_flops(config, num_logits),
+    )
+
+
+def decode_flops(config: LlavaConfig, vision_tokens: int, text_tokens: int) -> Flops:
+    """FLOPs of one more text token after a cached prompt of `vision_tokens` and `text_tokens`."""
+    loads = decode_loads(config, vision_tokens, text_tokens)
+    decoder = _decoder_flops(config, loads)
+    return Flops(vision_tower=0, projector=0, decoder=decoder, head=_head_flops(config, 1))
+
+
+def cache_bytes(config: LlavaConfig, vision_tokens: int, text_tokens: int, itemsize: int = 2) -> dict[str, int]:
+    """Bytes of the KV cache after a prompt, by role of the layer.
+
+    Args:
+        config: A `LlavaConfig` (dense) or a `DPVRConfig` (routed).
+        vision_tokens, text_tokens: Tokens of each kind.
+        itemsize: Bytes of one number, 2 for float16 and bfloat16.
+    """
+    per_position = 2 * config.text_config.num_key_value_heads * _head_dim(config.text_config) * itemsize
+    sizes: dict[str, int] = {}
+    for load in prefill_loads(config, vision_tokens, text_tokens):
+        sizes[load.role] = sizes.get(load.role, 0) + load.context * per_position
+    return sizes
+
+
+def dense_config(config: DPVRConfig) -> LlavaConfig:
+    """The LLaVA that a DPVR was made of."""
+    fields = config.to_dict()
+    for name in ("saturation_layer", "num_side_layers", "num_fusion_layers", "model_type"):
+        fields.pop(name, None)
+    return LlavaConfig(**fields)
+
+
+def _table(config: DPVRConfig, vision_tokens: int, text_tokens: int) -> str:
+    """Rows of dense, routed and their ratio, for the command line."""
+    dense = dense_config(config)
+    prefill = [prefill_flops(each, vision_tokens, text_tokens) for each in (dense, config)]
+    decode = [decode_flops(each, vision_tokens, text_tokens) for each in (dense, config)]
+    caches = [sum(cache_bytes(each, vision_tokens, text_tokens).values()) for each in (dense, config)]
+    rows = [(f"prefill {part}", *(getattr(flops, part) for flops in prefill)) for part in Flops.__annotations__]
+    rows += [("prefill total", *(flops.total for flops in prefill)), ("decode", *(flops.total for flops in decode))]
+    lines = [f"{'GFLOPs':24}{'LLaVA':>12}{'DPVR':>12}{'ratio':>9}"]
+    lines += [f"{name:24}{one / 1e9:12.2f}{two / 1e9:12.2f}{two / one if one else 1:9.4f}" for name, one, two in rows]
+    one, two = caches
+    lines.append(f"{'KV cache, MiB (16 bit)':24}{one / 2**20:12.2f}{two / 2**20:12.2f}{two / one:9.4f}")
+    return "\n".join(lines)
+
+
+def _load_config(checkpoint: str | None) -> DPVRConfig:
+    if checkpoint is None:
+        return DPVRConfig()
+    fields = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).to_dict()
+    fields.pop("model_type")
+    return DPVRConfig(**fields)
+
+
+def main() -> int:
+    AutoConfig.register("dpvr", DPVRConfig, exist_ok=True)
+    parser = argparse.ArgumentParser(description="FLOPs and KV-cache bytes of LLaVA and DPVR, 2 FLOPs a multiply-add.")
+    parser.add_argument("checkpoint", nargs="?", help="Hub id or folder with a config.json; default: LLaVA-1.5-7B")
+    parser.add_argument("--vision-tokens", type=int, help="default: one image")
+    parser.add_argument("--text-tokens", type=int, default=64)
+    args = parser.parse_args()
+    config = _load_config(args.checkpoint)
+    vision_tokens = tokens_per_image(config) if args.vision_tokens is None else args.vision_tokens
+    print(f"{vision_tokens} vision tokens + {args.text_tokens} text tokens")
+    print(_table(config, vision_tokens, args.text_tokens))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

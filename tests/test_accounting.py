@@ -1,0 +1,209 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The formulas of benchmarks/accounting.py against torch's counter, real caches and the figures of the model card."""
+
+import pytest
+import torch
+from tiny import DPVRConfig, DPVRForConditionalGeneration
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import AutoModel, DynamicCache, LlavaConfig, LlavaForConditionalGeneration
+
+from benchmarks.accounting import (
+    cache_bytes,
+    decode_flops,
+    dense_config,
+    layer_flops,
+    prefill_flops,
+    prefill_loads,
+    vision_tower_flops,
+)
+
+IMAGE = 120
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 42,
+    "patch_size": 14,
+}
+NUM_PATCHES = 9
+SHAPES = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 4},
+    "grouped": {"model_type": "llama", "num_key_value_heads": 2},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "head_dim": 16},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+
+
+def llava_config(shape: str, **fields) -> LlavaConfig:
+    return LlavaConfig(text_config={**TEXT, **SHAPES[shape]}, vision_config=VISION, image_token_index=IMAGE, **fields)
+
+
+def dpvr_config(shape: str, **fields) -> DPVRConfig:
+    return DPVRConfig(text_config={**TEXT, **SHAPES[shape]}, vision_config=VISION, image_token_index=IMAGE, **fields)
+
+
+def build(model_class, config, attention: str = "eager"):
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+def prompt(num_images: int, num_text: int) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[1] + [IMAGE] * NUM_PATCHES * num_images + [7] * (num_text - 1)])
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).long()}
+    if num_images:
+        inputs["pixel_values"] = torch.randn(num_images, 3, 42, 42)
+    return inputs
+
+
+@torch.no_grad()
+def count(module, **inputs) -> int:
+    """FLOPs that torch counts; the counter does not know the attention kernel of CPUs by itself."""
+
+    def attention(query, key, value, *args, **kwargs):
+        return sdpa_flop_count(query, key, value)
+
+    kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        module(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_prefill_is_what_torch_counts(shape, attention):
+    config = llava_config(shape)
+    model = build(LlavaForConditionalGeneration, config, attention)
+    inputs = prompt(num_images=2, num_text=11)
+    del inputs["mm_token_type_ids"]
+    for num_logits in (1, 29):
+        counted = count(model, **inputs, logits_to_keep=num_logits)
+        assert prefill_flops(config, 18, 11, num_logits=num_logits).total == counted
+
+
+def test_parts_are_what_torch_counts_for_each_module():
+    config = llava_config("grouped", vision_feature_layer=[-1, -2])
+    model = build(LlavaForConditionalGeneration, config)
+    flops = prefill_flops(config, NUM_PATCHES, 4)
+    pixels = torch.randn(1, 3, 42, 42)
+    assert count(model.model.vision_tower, pixel_values=pixels) == flops.vision_tower
+    features = torch.randn(1, NUM_PATCHES, 48)
+    assert count(model.model.multi_modal_projector, image_features=features) == flops.projector
+    embeds = torch.randn(1, 13, 32)
+    assert count(model.model.language_model, inputs_embeds=embeds) == flops.decoder
+    assert count(model.lm_head, input=embeds[:, :1]) == flops.head
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_decode_is_what_torch_counts(shape):
+    config = llava_config(shape)
+    model = build(LlavaForConditionalGeneration, config)
+    inputs = prompt(num_images=1, num_text=6)
+    del inputs["mm_token_type_ids"]
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    step = torch.tensor([[9]])
+    assert decode_flops(config, 9, 6).total == count(model, input_ids=step, past_key_values=cache)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_cache_is_what_the_cache_holds(shape):
+    config = llava_config(shape)
+    language_model = build(AutoModel.from_config, config.text_config)
+    cache = DynamicCache(config=config.text_config)
+    with torch.no_grad():
+        language_model(inputs_embeds=torch.randn(1, 15, 32), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(config, 9, 6, itemsize=4) == {"joint": held}
+
+
+ROUTINGS = {
+    "one of each": {"saturation_layer": 2},
+    "two of each": {"saturation_layer": 1, "num_side_layers": 2, "num_fusion_layers": 2},
+    "nothing skipped": {"saturation_layer": 4},
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_routed_prefill_is_what_torch_counts(shape, routing, attention):
+    config = dpvr_config(shape, **ROUTINGS[routing])
+    model = build(DPVRForConditionalGeneration, config, attention)
+    inputs = prompt(num_images=2, num_text=11)
+    assert prefill_flops(config, 18, 11).total == count(model, **inputs, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_routed_decode_and_cache_are_what_the_model_does(shape, routing):
+    config = dpvr_config(shape, **ROUTINGS[routing])
+    model = build(DPVRForConditionalGeneration, config)
+    with torch.no_grad():
+        cache = model(**prompt(num_images=1, num_text=6), use_cache=True).past_key_values
+    num_layers = config.text_config.num_hidden_layers + config.num_side_layers  # behind them lie slots, no numbers
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers[:num_layers])
+    assert sum(cache_bytes(config, 9, 6, itemsize=4).values()) == held
+    step = {"input_ids": torch.tensor([[9]]), "mm_token_type_ids": torch.tensor([[0]])}
+    assert decode_flops(config, 9, 6).total == count(model, **step, past_key_values=cache)
+
+
+def test_tiny_routed_loads_by_hand():
+    config = dpvr_config("llama", saturation_layer=2, num_side_layers=2, num_fusion_layers=2)
+    loads = [(load.role, load.queries, load.new, load.context) for load in prefill_loads(config, 9, 4, True)]
+    joint, side = ("joint", 13, 13, 13), ("side branch", 9, 9, 9)
+    assert loads == [joint, joint, side, side, ("text-only", 4, 4, 4), ("fusion", 13, 13, 13), ("fusion", 4, 13, 13)]
+    whole = prefill_loads(config, 9, 4)
+    assert (whole[-1].queries, whole[-1].new) == (13, 13)
+
+
+def test_without_an_image_routing_changes_nothing():
+    config = dpvr_config("grouped", saturation_layer=2)
+    assert prefill_flops(config, 0, 12) == prefill_flops(dense_config(config), 0, 12)
+    assert decode_flops(config, 0, 12) == decode_flops(dense_config(config), 0, 12)
+    sizes = cache_bytes(config, 0, 12)
+    assert "side branch" not in sizes
+    assert sum(sizes.values()) == cache_bytes(dense_config(config), 0, 12)["joint"]
+
+
+def test_llava_7b_figures():
+    config = DPVRConfig()
+    dense = prefill_flops(dense_config(config), 576, 64)
+    routed = prefill_flops(config, 576, 64)
+    skipping = prefill_flops(config, 576, 64, skip_unread_vision=True)
+    assert routed.decoder / dense.decoder == pytest.approx(0.662, abs=5e-4)
+    assert skipping.decoder / dense.decoder == pytest.approx(0.638, abs=5e-4)
+    assert routed.vision_tower == dense.vision_tower
+    before = cache_bytes(dense_config(config), 576, 64)["joint"]
+    sizes = cache_bytes(config, 576, 64)
+    assert before == 320 * 2**20  # 32 layers, 640 positions, 2 * 4096 numbers of 2 bytes
+    assert sizes["side branch"] / before == pytest.approx(0.028, abs=5e-4)
+    assert sum(sizes.values()) / before == pytest.approx(0.6625)
+
+
+def test_one_layer_of_7b_by_hand():
+    text_config = DPVRConfig().text_config
+    text_config.intermediate_size = 11008
+    load = prefill_loads(DPVRConfig(), 576, 64)[0]
+    assert layer_flops(text_config, load) == 640 * 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * 640**2 * 4096
+
+
+def test_part_of_an_image_is_refused():
+    with pytest.raises(ValueError, match="vision_tokens=10 is not a multiple of the 9 tokens"):
+        prefill_flops(llava_config("llama"), 10, 4)
+
+
+def test_unknown_vision_tower_is_refused():
+    config = LlavaConfig(vision_config={"model_type": "siglip_vision_model"})
+    with pytest.raises(ValueError, match="siglip_vision_model"):
+        vision_tower_flops(config.vision_config)
