@@ -428,6 +428,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The decoder on embeddings `(B, T, D)`: finds the streams, routes them, gives outputs their usual shapes."""
+        if kwargs.get("output_hidden_states"):
+            kwargs["output_hidden_states"] = True  # a selection of layers is answered with all of them
         num_seen = 0
         if cache is not None:
             self.add_stream_layers(cache)
@@ -455,6 +457,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             attention_mask=call.attention_mask,
             past_key_values=call.cache,
             position_ids=call.position_ids,
+            layer_idx=0,  # else the first layer that is not sliding, which may be one of the side branch
         )
         joint = {
             "attention_mask": joint_mask,
