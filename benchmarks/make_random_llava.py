@@ -1,0 +1,144 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+Writes a random LLaVA-1.5 checkpoint in llava-hf's layout, with its key names, for tests of memory and speed.
+
+The default is the geometry of LLaVA-1.5-7B in bfloat16: 14 GB in three files, one of which is in memory at a time. The
+tokenizer has LLaVA's ids for its special tokens and spells everything else in bytes.
+
+Example:
+
+    python benchmarks/make_random_llava.py random-llava-7b
+    python benchmarks/make_random_llava.py random-llava-tiny --num-layers 2 --hidden-size 256
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+OLD_NAMES = [
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.vision_tower\.", "vision_tower.vision_model."),
+    (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, with `<image>` at 32000 and `<pad>` at 32001 as in LLaVA-1.5; the ids between are unused."""
+    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [f"<unused{i}>" for i in range(len(tokens), 32000)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    fast.add_tokens(["<image>"], special_tokens=True)
+    fast.add_special_tokens({"pad_token": "<pad>"})
+    return fast
+
+
+def make_config(num_layers: int, hidden_size: int) -> LlavaConfig:
+    """LLaVA-1.5's config with a decoder of the given depth and width, in heads of 128."""
+    text_config = {
+        "model_type": "llama",
+        "hidden_size": hidden_size,
+        "intermediate_size": hidden_size * 11008 // 4096,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden_size // 128,
+        "num_key_value_heads": hidden_size // 128,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 32064,
+    }
+    return LlavaConfig(text_config=text_config, pad_token_id=32001, dtype="bfloat16")
+
+
+def plan_files(shapes: dict[str, torch.Size], max_bytes: int) -> list[list[str]]:
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        size += 2 * shape.numel()
+        if size > max_bytes and files[-1]:
+            files.append([])
+            size = 2 * shape.numel()
+        files[-1].append(name)
+    return files
+
+
+def old_name(name: str) -> str:
+    for pattern, replacement in OLD_NAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
+
+
+def write_weights(folder: Path, config: LlavaConfig, max_bytes: int, seed: int) -> None:
+    """Norms of one, all else normal with the config's deviation; one file in memory at a time."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlavaForConditionalGeneration(config).state_dict().items()}
+    files = plan_files(shapes, max_bytes)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map, total = {}, sum(2 * shape.numel() for shape in shapes.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing random weights", disable=None) as bar:
+        for i, names in enumerate(files, 1):
+            file, tensors = f"model-{i:05}-of-{len(files):05}.safetensors", {}
+            for name in names:
+                tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
+                is_norm = tensor.ndim == 1 and "norm" in name and name.endswith("weight")
+                tensors[old_name(name)] = (
+                    tensor.fill_(1)
+                    if is_norm
+                    else tensor.normal_(0, config.text_config.initializer_range, generator=generator)
+                )
+                bar.update(tensor.nbytes)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write a random LLaVA-1.5 checkpoint in llava-hf's layout.")
+    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--num-layers", type=int, default=32)
+    parser.add_argument("--hidden-size", type=int, default=4096, help="a multiple of 128")
+    parser.add_argument("--max-file-bytes", type=int, default=5 * 10**9)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"{args.output} exists")
+    if args.hidden_size % 128:
+        parser.error(f"--hidden-size {args.hidden_size} is not a multiple of 128")
+    args.output.mkdir(parents=True)
+    config = make_config(args.num_layers, args.hidden_size)
+    config.save_pretrained(args.output)
+    size = config.vision_config.image_size
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+        tokenizer=make_tokenizer(),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+    ).save_pretrained(args.output)
+    write_weights(args.output, config, args.max_file_bytes, args.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,837 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The converter on small checkpoints with the key names and file layouts of the real ones."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+import convert_llava_to_dpvr as converter
+from convert_llava_to_dpvr import ConversionError, convert, main
+
+WORDS = 96  # words of the tokenizer, rows of the embeddings in the original layout
+IMAGE, PAD, VOCABULARY = 96, 97, 128  # what converting the original layout makes of them
+TEXT = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": True}
+BACKBONES = {
+    "llama": {},
+    "mistral": {"model_type": "mistral", "head_dim": 16},
+    "qwen2": QWEN2,
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+}
+TRANSFORMERS_4 = [  # new names to those that llava-hf's checkpoints hold
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.vision_tower\.", "vision_tower.vision_model."),
+    (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+]
+ORIGINAL = [
+    (r"^model\.language_model\.", "model."),
+    (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+    (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
+]
+
+
+def renamed(key: str, names: list[tuple[str, str]]) -> str:
+    for pattern, replacement in names:
+        if re.match(pattern, key):
+            return re.sub(pattern, replacement, key)
+    return key
+
+
+def make_llava(backbone: str = "llama", **text) -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    text_config = {**TEXT, **BACKBONES[backbone], **text}
+    config = LlavaConfig(
+        text_config=text_config, vision_config=VISION, image_token_index=IMAGE, pad_token_id=PAD, image_seq_length=4
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    for weight in model.parameters():  # no tensor may be mistaken for another
+        torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def make_tokenizer(special: bool) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, WORDS))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    if special:
+        fast.add_tokens(["<image>"], special_tokens=True)
+        fast.add_special_tokens({"pad_token": "<pad>"})
+    return fast
+
+
+def image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+
+
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor], suffix: str, num_files: int) -> None:
+    """As one file, or as shards with an index; `suffix` is .safetensors or .bin."""
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    weight_map = {}
+    for i in range(num_files):
+        name = f"{stem}-{i + 1:05}-of-{num_files:05}{suffix}" if num_files > 1 else stem + suffix
+        part = {key: tensors[key].contiguous() for key in list(tensors)[i::num_files]}
+        if suffix == ".bin":
+            torch.save(part, folder / name)
+        else:
+            save_file(part, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    if num_files > 1:
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_llava_hf(
+    folder: Path, model, names=TRANSFORMERS_4, suffix: str = ".safetensors", num_files: int = 3, change=None
+) -> Path:
+    """llava-hf's layout: config, processor, weights; `change` edits the weights before they are written."""
+    folder.mkdir(parents=True)
+    model.config.dtype = next(model.parameters()).dtype
+    model.config.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=image_processor(),
+        tokenizer=make_tokenizer(special=True),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    tensors = {renamed(key, names): tensor for key, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tensors.pop(renamed("lm_head.weight", names), None)
+    if names is TRANSFORMERS_4:  # buffers that old checkpoints hold
+        tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+        tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
+    if change:
+        change(tensors)
+    write_weights(folder, tensors, suffix, num_files)
+    return folder
+
+
+def write_original(
+    folder: Path, model, suffix: str = ".bin", num_files: int = 2, tower: str = "apart", change=None, **fields
+) -> Path:
+    """The layout of liuhaotian/llava-v1.5; `tower` is "apart" (beside it, a full CLIP) or "inside"."""
+    folder.mkdir(parents=True)
+    clip = folder.parent / "clip"
+    clip.mkdir()
+    CLIPVisionConfig(**VISION).save_pretrained(clip)
+    image_processor().save_pretrained(clip)
+    text = {key: value for key, value in model.config.text_config.to_dict().items() if key != "rope_parameters"}
+    config = text | {
+        "model_type": "llava_llama",
+        "vocab_size": WORDS,
+        "mm_vision_tower": str(clip),
+        "mm_hidden_size": 16,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+        "rope_theta": 5000.0,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+        "architectures": ["LlavaLlamaForCausalLM"],
+    }
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    make_tokenizer(special=False).save_pretrained(folder)
+    tensors = {renamed(key, ORIGINAL): tensor for key, tensor in model.state_dict().items()}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[key] = tensors[key][:WORDS]
+    inside = {key: tensors.pop(key) for key in list(tensors) if "vision_tower" in key}
+    if tower == "inside":
+        tensors |= inside
+    else:
+        full_clip = {
+            key.removeprefix("model.vision_tower.vision_tower."): value.float() for key, value in inside.items()
+        }
+        full_clip["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+        full_clip |= {"text_model.final_layer_norm.weight": torch.ones(8), "logit_scale": torch.tensor(2.0)}
+        full_clip["visual_projection.weight"] = torch.ones(8, 16)
+        write_weights(clip, full_clip, ".bin", 1)
+    if change:
+        change(tensors)
+    write_weights(folder, tensors, suffix, num_files)
+    return folder
+
+
+def read_output(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors by way of the index, which must name every one of them once and nothing else."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    tensors = {}
+    for file in sorted(set(index["weight_map"].values())):
+        part = load_file(folder / file)
+        assert set(part) == {key for key, name in index["weight_map"].items() if name == file}
+        tensors |= part
+    assert {path.name for path in folder.glob("*.safetensors")} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    return tensors
+
+
+def assert_same_weights(output: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    base = {key: tensor for key, tensor in output.items() if not key.startswith("model.side_branch.")}
+    assert base.keys() == expected.keys()
+    for key, tensor in base.items():
+        assert tensor.dtype == expected[key].dtype, key
+        assert torch.equal(tensor, expected[key]), key
+
+
+def branch(tensors: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
+    prefix = f"model.side_branch.layers.{layer}."
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def decoder_layer(tensors: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
+    prefix = f"model.language_model.layers.{layer}."
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_llava_hf(tmp_path / "llava", make_llava())
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("names", [TRANSFORMERS_4, []], ids=["transformers 4", "transformers 5"])
+@pytest.mark.parametrize(("suffix", "num_files"), [(".safetensors", 3), (".safetensors", 1), (".bin", 2), (".bin", 1)])
+def test_llava_hf_weights_are_what_transformers_loads(tmp_path, names, suffix, num_files):
+    source = write_llava_hf(tmp_path / "llava", make_llava().bfloat16(), names, suffix, num_files)
+    convert(source, tmp_path / "dpvr")
+    loaded = LlavaForConditionalGeneration.from_pretrained(source, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert_same_weights(read_output(tmp_path / "dpvr"), dict(loaded.state_dict()))
+
+
+def test_files_of_save_pretrained_are_read(tmp_path):
+    model = make_llava()
+    source = write_llava_hf(tmp_path / "llava", model)
+    for path in source.glob("model*"):
+        path.unlink()
+    model.save_pretrained(source, max_shard_size="50KB")
+    convert(source, tmp_path / "dpvr")
+    assert_same_weights(read_output(tmp_path / "dpvr"), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_backbones_and_tied_heads(tmp_path, backbone):
+    source = write_llava_hf(tmp_path / "llava", make_llava(backbone))
+    convert(source, tmp_path / "dpvr")
+    expected = dict(LlavaForConditionalGeneration.from_pretrained(source).state_dict())
+    if backbone == "qwen2":
+        expected.pop("lm_head.weight")
+    assert_same_weights(read_output(tmp_path / "dpvr"), expected)
+
+
+def test_tied_head_stored_twice(tmp_path):
+    model = make_llava("qwen2")
+
+    def store_head(tensors):
+        tensors["language_model.lm_head.weight"] = model.lm_head.weight.detach().clone()
+
+    source = write_llava_hf(tmp_path / "llava", model, change=store_head)
+    convert(source, tmp_path / "dpvr")
+    assert "lm_head.weight" not in read_output(tmp_path / "dpvr")
+
+    def store_other_head(tensors):
+        tensors["language_model.lm_head.weight"] = model.lm_head.weight.detach() + 1
+
+    source = write_llava_hf(tmp_path / "other", model, change=store_other_head)
+    with pytest.raises(ConversionError, match=r"language_model\.lm_head\.weight in .* differs"):
+        convert(source, tmp_path / "dpvr-other")
+
+
+@pytest.mark.parametrize("tower", ["apart", "inside"])
+@pytest.mark.parametrize(("suffix", "num_files"), [(".bin", 2), (".bin", 1), (".safetensors", 2)])
+def test_original_layout(tmp_path, tower, suffix, num_files):
+    model = make_llava().half()
+    source = write_original(tmp_path / "llava", model, suffix, num_files, tower)
+    convert(source, tmp_path / "dpvr")
+    expected = dict(model.state_dict())
+    for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        old = expected[key][:WORDS]
+        expected[key] = torch.cat([old, old.float().mean(0).half().expand(VOCABULARY - WORDS, -1)])
+    assert_same_weights(read_output(tmp_path / "dpvr"), expected)
+    config = json.loads((tmp_path / "dpvr" / "config.json").read_text())
+    assert (config["image_token_index"], config["pad_token_id"]) == (IMAGE, PAD)
+    assert (config["text_config"]["vocab_size"], config["image_seq_length"]) == (VOCABULARY, 4)
+    assert config["text_config"]["rope_parameters"]["rope_theta"] == 5000.0
+    assert config["vision_feature_layer"] == -2
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    assert processor.tokenizer.convert_tokens_to_ids(["<image>", "<pad>", "w5"]) == [IMAGE, PAD, 5]
+    assert processor.image_processor.do_pad  # image_aspect_ratio "pad"
+
+
+def test_original_without_padding_crops(tmp_path):
+    source = write_original(tmp_path / "llava", make_llava(), image_aspect_ratio="square")
+    convert(source, tmp_path / "dpvr")
+    assert not AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True).image_processor.do_pad
+
+
+def test_chat_template_of_the_source_is_kept(tmp_path, source):
+    (source / "chat_template.jinja").write_text("{{ 'mine' }}")
+    convert(source, tmp_path / "dpvr")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    assert processor.apply_chat_template([{"role": "user", "content": "hello"}]) == "mine"
+
+
+def test_vision_tower_option_replaces_the_one_inside(tmp_path):
+    model = make_llava()
+    source = write_original(tmp_path / "llava", model, tower="inside")
+    other = {key.replace("model.vision_tower.", "vision_model."): t + 1 for key, t in model.state_dict().items()}
+    write_weights(tmp_path / "clip", {k: t for k, t in other.items() if k.startswith("vision_model")}, ".bin", 1)
+    convert(source, tmp_path / "dpvr", vision_tower=str(tmp_path / "clip"))
+    key = "model.vision_tower.pre_layrnorm.weight"
+    assert torch.equal(read_output(tmp_path / "dpvr")[key], model.state_dict()[key] + 1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtype(tmp_path, source, dtype):
+    convert(source, tmp_path / "dpvr", dtype=dtype)
+    assert {tensor.dtype for tensor in read_output(tmp_path / "dpvr").values()} == {getattr(torch, dtype)}
+    assert json.loads((tmp_path / "dpvr" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_overflow_of_float16_is_refused(tmp_path):
+    def enlarge(tensors):
+        tensors["language_model.model.norm.weight"][3] = 1e5
+
+    source = write_llava_hf(tmp_path / "llava", make_llava(), change=enlarge)
+    with pytest.raises(ConversionError, match=r"language_model\.norm\.weight .* float16"):
+        convert(source, tmp_path / "dpvr", dtype="float16")
+
+
+def test_large_shards_are_split(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(converter, "MAX_SHARD_BYTES", 40_000)
+    convert(source, tmp_path / "dpvr")
+    assert_same_weights(read_output(tmp_path / "dpvr"), dict(make_llava().state_dict()))
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "dpvr").glob("*.safetensors"))]
+    assert len(sizes) > 4
+    assert max(sizes) < 40_000 + 5_000  # and a header
+
+
+# ---------------------------------------------------------------------------------------------- side branch
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_identity_branch_adds_nothing(tmp_path, backbone):
+    source = write_llava_hf(tmp_path / "llava", make_llava(backbone))
+    convert(source, tmp_path / "dpvr", saturation_layer=2, num_side_layers=2)
+    tensors = read_output(tmp_path / "dpvr")
+    zeroed = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
+    for i in range(2):
+        layer = branch(tensors, i)
+        assert layer.keys() == decoder_layer(tensors, 2).keys()
+        for part, tensor in decoder_layer(tensors, 2).items():
+            assert torch.equal(layer[part], torch.zeros_like(tensor) if part in zeroed else tensor), part
+
+
+def test_copied_branch_is_the_layers_from_saturation_on(tmp_path, source):
+    convert(source, tmp_path / "dpvr", saturation_layer=3, num_side_layers=2, side_branch_init="copy")
+    tensors = read_output(tmp_path / "dpvr")
+    for i in range(2):
+        expected = decoder_layer(tensors, 3 + i)
+        assert branch(tensors, i).keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[part]) for part, tensor in branch(tensors, i).items())
+
+
+def test_random_branch_is_seeded_and_of_the_backbones_spread(tmp_path):
+    source = write_llava_hf(tmp_path / "llava", make_llava("llama with biases"))
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        convert(source, folder, side_branch_init="random", seed=seed)
+    a, b, c = (branch(read_output(folder), 0) for folder in folders)
+    assert all(torch.equal(a[part], b[part]) for part in a)
+    assert not torch.equal(a["mlp.up_proj.weight"], c["mlp.up_proj.weight"])
+    assert not torch.equal(a["self_attn.k_proj.weight"], a["self_attn.v_proj.weight"])
+    assert a["mlp.up_proj.weight"].std().item() == pytest.approx(TEXT["initializer_range"], rel=0.1)
+    assert (a["input_layernorm.weight"] == 1).all()
+    assert (a["self_attn.q_proj.bias"] == 0).all()
+
+
+def trained_branch(num_layers: int = 1) -> dict[str, torch.Tensor]:
+    layer = decoder_layer(dict(make_llava().state_dict()), 0)
+    return {f"layers.{i}.{part}": tensor + 1 + i for i in range(num_layers) for part, tensor in layer.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_adapter_replaces_the_initialisation(tmp_path, source, prefix, as_folder):
+    (tmp_path / "adapter").mkdir()
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({f"{prefix}side_branch.{key}": tensor for key, tensor in trained_branch().items()}, file)
+    summary = convert(source, tmp_path / "dpvr", adapter=file.parent if as_folder else file)
+    layer = branch(read_output(tmp_path / "dpvr"), 0)
+    assert {f"layers.0.{part}" for part in layer} == trained_branch().keys()
+    assert all(torch.equal(tensor, trained_branch()[f"layers.0.{part}"]) for part, tensor in layer.items())
+    assert summary.side_branch == "trained"
+    assert "untrained" not in (tmp_path / "dpvr" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("where", ["metadata", "adapter_config.json"])
+def test_saturation_layer_of_an_adapter(tmp_path, source, where):
+    (tmp_path / "adapter").mkdir()
+    metadata = {"saturation_layer": "4"} if where == "metadata" else None
+    tensors = {f"model.side_branch.{key}": tensor for key, tensor in trained_branch().items()}
+    save_file(tensors, tmp_path / "adapter" / "side_branch.safetensors", metadata=metadata)
+    if where != "metadata":
+        (tmp_path / "adapter" / where).write_text('{"saturation_layer": 4}')
+    with pytest.raises(ConversionError, match="saturation layer 4, but 3 was asked for"):
+        convert(source, tmp_path / "dpvr", adapter=tmp_path / "adapter", saturation_layer=3)
+    assert convert(source, tmp_path / "dpvr", adapter=tmp_path / "adapter").saturation_layer == 4
+
+
+def test_adapters_that_do_not_fit(tmp_path, source):
+    file = tmp_path / "branch.safetensors"
+    two = {f"model.side_branch.{key}": tensor for key, tensor in trained_branch(2).items()}
+    one = {key: tensor for key, tensor in two.items() if "layers.0" in key}
+    key = "model.side_branch.layers.0.mlp.up_proj.weight"
+    cases = {
+        r"layers\.1\..* is no weight of a side branch of 1 layer": two,
+        r"up_proj\.weight in .* has shape \(48, 31\), .* \(48, 32\)": one | {key: one[key][:, 1:].contiguous()},
+        r"Missing weight .*up_proj\.weight of shape \(48, 32\)": {k: t for k, t in one.items() if k != key},
+        r"lora_A.* is no weight of a side branch": one | {"base_model.model.q_proj.lora_A.weight": torch.ones(2)},
+    }
+    for message, tensors in cases.items():
+        save_file(tensors, file)
+        with pytest.raises(ConversionError, match=message):
+            convert(source, tmp_path / "dpvr", adapter=file)
+    save_file(one, file)
+    with pytest.raises(ConversionError, match=r"Missing weight .*layers\.1"):
+        convert(source, tmp_path / "dpvr", adapter=file, num_side_layers=2)
+    save_file(one, file, metadata={"saturation_layer": "late"})
+    with pytest.raises(ConversionError, match="'late', which is no number"):
+        convert(source, tmp_path / "dpvr", adapter=file)
+    file.write_bytes(b"no safetensors")
+    with pytest.raises(ConversionError, match=r"branch\.safetensors cannot be read"):
+        convert(source, tmp_path / "dpvr", adapter=file)
+    with pytest.raises(ConversionError, match=r"neither a \.safetensors file nor a folder"):
+        convert(source, tmp_path / "dpvr", adapter=tmp_path)
+    assert not (tmp_path / "dpvr").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the result as a model
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_converted_model_without_text_only_layers_is_llava(tmp_path, backbone):
+    source = write_llava_hf(tmp_path / "llava", make_llava(backbone))
+    convert(source, tmp_path / "dpvr", saturation_layer=5)
+    llava = LlavaForConditionalGeneration.from_pretrained(source).eval()
+    dpvr = AutoModelForImageTextToText.from_pretrained(tmp_path / "dpvr", trust_remote_code=True).eval()
+    ids = torch.tensor([[1, 7, *[IMAGE] * 4, 9, 11, 30]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28)}
+    with torch.no_grad():
+        expected = llava(**inputs).logits
+        torch.testing.assert_close(dpvr(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+        assert expected.std() > 0.1
+
+
+def test_nothing_is_missing_or_left_over_when_transformers_loads_the_result(tmp_path, source):
+    convert(source, tmp_path / "dpvr", num_side_layers=2)
+    _, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "dpvr", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_converted_folder_answers_through_its_processor(tmp_path):
+    source = write_original(tmp_path / "llava", make_llava())
+    convert(source, tmp_path / "dpvr")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dpvr", trust_remote_code=True).eval()
+    image = torch.randint(0, 255, (3, 40, 20), dtype=torch.uint8).numpy()
+    inputs = processor(images=image, text="w5 <image> w6", return_tensors="pt")
+    assert (inputs["input_ids"] == IMAGE).sum() == 4
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_files_of_the_result(tmp_path, source):
+    (source / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 97}')
+    (source / "README.md").write_text("---\nlicense: llama2\n---\n# LLaVA\n")
+    convert(source, tmp_path / "dpvr", saturation_layer=2, num_fusion_layers=2)
+    config = json.loads((tmp_path / "dpvr" / "config.json").read_text())
+    assert config["model_type"] == "dpvr"
+    assert config["architectures"] == ["DPVRForConditionalGeneration"]
+    assert (config["saturation_layer"], config["num_side_layers"], config["num_fusion_layers"]) == (2, 1, 2)
+    assert config["auto_map"] == converter.AUTO_MAP
+    generation = json.loads((tmp_path / "dpvr" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 97}
+    for name in converter.CODE_FILES:
+        assert (tmp_path / "dpvr" / name).read_bytes() == (converter.HERE / name).read_bytes()
+    card = (tmp_path / "dpvr" / "README.md").read_text()
+    assert "license: llama2\n" in card
+    assert "custom_code" in card
+    assert "untrained" in card
+    assert "| text-only | 2..3 |" in card
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "dpvr").iterdir()} == {(tmp_path / "new").stat().st_mode}
+    everything = "".join(
+        path.read_text() for path in (tmp_path / "dpvr").glob("*.[jm]*") if path.suffix != ".safetensors"
+    )
+    assert str(tmp_path) not in everything  # no path of the machine that converted
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---------------------------------------------------------------------------------------------- choices and summary
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_fusion_layers", "expected"),
+    [(32, 1, 18), (40, 1, 22), (8, 1, 4), (2, 1, 1), (1, 0, 1), (6, 4, 2)],
+)
+def test_default_saturation_layer_keeps_the_papers_proportion(num_layers, num_fusion_layers, expected):
+    layer, reason = converter.choose_saturation_layer(None, num_layers, num_fusion_layers, None)
+    assert layer == expected
+    assert f"{expected} of {num_layers}" in reason
+
+
+def test_summary(tmp_path, source):
+    summary = convert(source, tmp_path / "dpvr", saturation_layer=2)
+    tensors = read_output(tmp_path / "dpvr")
+    assert summary.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert summary.num_trainable == sum(tensor.numel() for tensor in branch(tensors, 0).values())
+    assert summary.roles == {
+        "joint": "0..1",
+        "side branch": "1 layer, identity",
+        "text-only": "2..4",
+        "fusion": "5",
+    }
+    assert (summary.vision_tokens, summary.text_tokens) == (4, 64)
+    positions = 3 * 68 + 3 * 64 + 4  # joint and fusion, text-only, side branch
+    assert summary.cache_ratio == pytest.approx(positions / (6 * 68))
+    assert 0.8 < summary.flops_ratio < 1
+    text = str(summary)
+    for part in ("2..4", "as asked for", f"{summary.num_parameters:,}", "AutoProcessor.from_pretrained"):
+        assert part in text
+
+
+def test_dry_run_checks_and_writes_nothing(tmp_path, source):
+    summary = convert(source, tmp_path / "dpvr", dry_run=True)
+    assert summary.output is None
+    assert summary.saturation_layer == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava"]
+    next(source.glob("*-00002-*")).unlink()
+    with pytest.raises(ConversionError, match="00002"):
+        convert(source, tmp_path / "dpvr", dry_run=True)
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def edit_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    key = "language_model.model.layers.1.mlp.up_proj.weight"
+
+    def remove(tensors):
+        del tensors[key]
+
+    def reshape(tensors):
+        tensors[key] = tensors[key][:, 1:]
+
+    def add(tensors):
+        tensors["language_model.model.layers.6.mlp.up_proj.weight"] = torch.ones(48, 32)
+
+    def duplicate(tensors):
+        tensors["model.language_model.layers.1.mlp.up_proj.weight"] = torch.ones(48, 32)
+
+    cases = {
+        remove: r"Missing weight model\.language_model\.layers\.1\.mlp\.up_proj\.weight of shape \(48, 32\)",
+        reshape: rf"{key} in .*model.*\.safetensors has shape \(48, 31\), .* \(48, 32\)",
+        add: r"layers\.6\.mlp\.up_proj\.weight in .*\.safetensors, of shape \(48, 32\), is no weight of this LLaVA",
+        duplicate: rf"Duplicate weight model\.{key.replace('.model', '')}: .*\.safetensors and .*\.safetensors",
+    }
+    for i, (change, message) in enumerate(cases.items()):
+        source = write_llava_hf(tmp_path / f"llava{i}", make_llava(), change=change)
+        with pytest.raises(ConversionError, match=message):
+            convert(source, tmp_path / "dpvr")
+        assert not (tmp_path / "dpvr").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "llava_next"}, "model_type 'llava_next'"),
+        ({"model_type": "dpvr"}, "DPVR checkpoint already"),
+        ({"model_type": None}, "model_type None"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantized"),
+        ({"text_config": {"model_type": "no-such-model"}}, "config.json is not a config"),
+        ({"image_seq_length": "many"}, "config.json is not a config"),
+        ({"image_token_index": 5}, "has <image> at 96, but .* has it at 5"),
+    ],
+)
+def test_configs_that_are_refused(tmp_path, source, fields, message):
+    edit_config(source, **fields)
+    with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / "dpvr")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"vocab_size": WORDS + 2}, r"embed_tokens\.weight in .* has shape \(96, 32\), .* \(98, 32\)"),
+        ({"mm_vision_tower": "no/such/tower"}, "'no/such/tower' is neither a folder nor a Hub repository"),
+    ],
+)
+def test_original_configs_that_are_refused(tmp_path, fields, message):
+    source = write_original(tmp_path / "llava", make_llava(), **fields)
+    with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / "dpvr")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"saturation_layer": 6}, "saturation_layer=6 must be between 1 and 5"),
+        ({"saturation_layer": 0}, "saturation_layer=0"),
+        ({"num_fusion_layers": 6}, "num_fusion_layers=6"),
+        ({"num_side_layers": 0}, "num_side_layers=0"),
+        ({"side_branch_init": "copy", "saturation_layer": 5, "num_side_layers": 2}, "copy of layer 6"),
+        ({"vision_tower": "openai/clip"}, "original layout"),
+    ],
+)
+def test_options_that_are_refused(tmp_path, source, options, message):
+    with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / "dpvr", **options)
+    assert not (tmp_path / "dpvr").exists()
+
+
+def test_sources_that_are_no_checkpoint(tmp_path, source):
+    with pytest.raises(ConversionError, match="neither a folder nor a Hub repository"):
+        convert(tmp_path / "nothing", tmp_path / "dpvr")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConversionError, match=r"has no config\.json"):
+        convert(tmp_path / "empty", tmp_path / "dpvr")
+    for path in source.glob("model*"):
+        path.unlink()
+    with pytest.raises(ConversionError, match="has no weights"):
+        convert(source, tmp_path / "dpvr")
+    (source / "model.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(ConversionError, match=r"model\.safetensors cannot be read"):
+        convert(source, tmp_path / "dpvr")
+    (source / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match="not valid JSON"):
+        convert(source, tmp_path / "dpvr")
+
+
+def test_hub_names_are_resolved_to_the_files_that_are_needed(tmp_path, monkeypatch):
+    write_original(tmp_path / "llava", make_llava(), num_files=1)
+    (tmp_path / "llava" / "model_card.py").write_text("")
+    folders = {"me/llava": tmp_path / "llava", "no/such": None}
+    fetched = []
+
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns):
+        files = [str(path.relative_to(folders[name])) for path in folders[name].rglob("*") if path.is_file()]
+        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        fetched.append(revision)
+        return str(folders[name])
+
+    (tmp_path / "llava" / "checkpoint-5").mkdir()
+    (tmp_path / "llava" / "checkpoint-5" / "pytorch_model.bin").write_text("")
+    monkeypatch.setattr(converter, "snapshot_download", snapshot_download)
+    convert("me/llava", tmp_path / "dpvr", revision="v1.5")
+    names = {"config.json", "tokenizer.json", "tokenizer_config.json", "pytorch_model.bin", "v1.5"}
+    assert set(fetched) == names
+    assert "base_model: me/llava\n" in (tmp_path / "dpvr" / "README.md").read_text()
+
+
+def test_index_cannot_point_outside_the_folder(tmp_path, source):
+    index = source / "model.safetensors.index.json"
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../secret.safetensors"}}))
+    with pytest.raises(ConversionError, match="not a file of that folder"):
+        convert(source, tmp_path / "dpvr")
+
+
+def test_outputs_that_are_refused(tmp_path, source):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    before = sorted(path.name for path in source.iterdir())
+    for output in (tmp_path / "full", source, source / "inside" / "deep", tmp_path / "full" / "mine.txt"):
+        with pytest.raises(ConversionError, match=r"nothing is overwritten|lies in the source"):
+            convert(source, output)
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+    assert sorted(path.name for path in source.iterdir()) == before
+    (tmp_path / "empty").mkdir()
+    convert(source, tmp_path / "empty")
+    read_output(tmp_path / "empty")
+
+
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_pickled_code_is_not_executed(tmp_path, as_zip):
+    source = write_llava_hf(tmp_path / "llava", make_llava(), suffix=".bin", num_files=1)
+    path, canary = source / "pytorch_model.bin", tmp_path / "canary"
+    if as_zip:
+        torch.save({"lm_head.weight": Canary(canary)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"lm_head.weight": Canary(canary)}))
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin"):
+        convert(source, tmp_path / "dpvr")
+    assert not canary.exists()
+    with path.open("rb") as file:
+        if not as_zip:
+            pickle.load(file)  # the canary does sing
+            assert canary.exists()
+
+
+# ---------------------------------------------------------------------------------------------- complete or not at all
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_failure_half_way_leaves_nothing(tmp_path, source, monkeypatch, error):
+    monkeypatch.setattr(converter, "MAX_SHARD_BYTES", 40_000)
+    calls = []
+
+    def fail_at_third(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr(converter, "save_file", fail_at_third)
+    with pytest.raises(type(error)):
+        convert(source, tmp_path / "new" / "dpvr")
+    assert len(calls) == 3
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import convert_llava_to_dpvr as converter
+save_file, converter.MAX_SHARD_BYTES, calls = converter.save_file, 30_000, []
+def kill_at_third(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), int(sys.argv[4]))
+    save_file(*args, **kwargs)
+converter.save_file = kill_at_third
+sys.exit(converter.main(sys.argv[2:4]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_killed_half_way_leaves_no_output(tmp_path, source, number, code):
+    output = tmp_path / "new" / "dpvr"
+    command = [sys.executable, "-c", KILLED, str(converter.HERE), str(source), str(output), str(int(number))]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert not output.exists()
+    if number == signal.SIGTERM:
+        assert list(output.parent.iterdir()) == []
+        assert "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def test_command_line(tmp_path, source, capsys):
+    output = tmp_path / "dpvr"
+    assert main([str(source), str(output), "--saturation-layer", "2", "--side-branch-init", "copy"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 layer, copy" in printed
+    assert str(output) in printed
+    assert main([str(source), str(output)]) == 1
+    error = capsys.readouterr().err
+    assert "nothing is overwritten" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [["only-a-source"], ["a", "b", "--side-branch-init", "magic"], ["a", "b", "c"]])
+def test_usage_errors_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    assert "llava-hf/llava-1.5-7b-hf" in capsys.readouterr().out
+
+
+def test_push_uploads_the_finished_folder(tmp_path, source, monkeypatch, capsys):
+    calls = {}
+
+    class Api:
+        def create_repo(self, repo, **options):
+            calls["create"] = (repo, options)
+            return "https://hub/" + repo
+
+        def upload_folder(self, repo_id, folder_path):
+            calls["upload"] = (repo_id, sorted(path.name for path in Path(folder_path).iterdir()))
+
+    monkeypatch.setattr(converter, "HfApi", Api)
+    assert main([str(source), str(tmp_path / "dpvr"), "--push-to-hub", "me/dpvr", "--private"]) == 0
+    assert calls["create"] == ("me/dpvr", {"private": True, "exist_ok": True})
+    assert calls["upload"][0] == "me/dpvr"
+    assert {"README.md", "config.json", "modeling_dpvr.py", "model.safetensors.index.json"} <= set(calls["upload"][1])
+    assert "https://hub/me/dpvr" in capsys.readouterr().out
+    calls.clear()
+    assert main([str(source), str(tmp_path / "other"), "--push-to-hub", "me/dpvr", "--dry-run"]) == 0
+    assert not calls
