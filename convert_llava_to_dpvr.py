@@ -306,6 +306,7 @@ def read_original(
     old_vocab_size = text_config.vocab_size
     tokens = _from_pretrained(AutoTokenizer, tokenizer or folder, "The tokenizer", config=text_config)
     add_special_tokens(tokens, text_config)
+    tokens.model_max_length = fields.get("tokenizer_model_max_length", tokens.model_max_length)
     vision_config = _from_pretrained(AutoConfig, tower, "The config of the vision tower")
     vision_config = getattr(vision_config, "vision_config", vision_config)
     config = _make_config(
@@ -358,7 +359,9 @@ def add_special_tokens(tokenizer, text_config) -> None:
 def build_processor(
     config: LlavaConfig, image_processor, tokenizer, do_pad: bool, chat_template: str | None = None
 ) -> DPVRProcessor:
-    """The processor that travels with the checkpoint; without a chat template it takes LLaVA-1.5's."""
+    """The processor that travels with the checkpoint; without a chat template it takes LLaVA-1.5's. A tokenizer that
+    states no longest prompt gets the backbone's."""
+    longest = config.text_config.max_position_embeddings
     try:
         return DPVRProcessor.from_llava(
             tokenizer,
@@ -367,6 +370,7 @@ def build_processor(
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
             do_pad=do_pad,
+            model_max_length=min(tokenizer.model_max_length, longest),
             chat_template=chat_template,
         )
     except ValueError as error:

@@ -319,6 +319,28 @@ def test_chat_template_of_the_source_is_kept(tmp_path, source):
     assert processor.apply_chat_template([{"role": "user", "content": "hello"}]) == "mine"
 
 
+def test_the_longest_prompt_is_saved_with_the_tokenizer(tmp_path, source):
+    convert(source, tmp_path / "dpvr")
+    stated = write_original(tmp_path / "stated", make_llava(), tokenizer_model_max_length=77)
+    convert(stated, tmp_path / "dpvr-77")
+    lengths = [
+        AutoProcessor.from_pretrained(tmp_path / name, trust_remote_code=True).tokenizer.model_max_length
+        for name in ("dpvr", "dpvr-77")
+    ]
+    assert lengths == [make_llava().config.text_config.max_position_embeddings, 77]
+
+
+def test_the_template_without_llavas_system_sentence_gives_way_to_the_one_with_it(tmp_path, source):
+    turns = "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}"
+    parts = "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
+    (source / "chat_template.jinja").write_text(turns + parts + "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    convert(source, tmp_path / "dpvr")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    prompt = processor.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    assert prompt.startswith("A chat between a curious user and an artificial intelligence assistant.")
+    assert prompt.endswith("USER: hello ASSISTANT:")
+
+
 def test_vision_tower_option_replaces_the_one_inside(tmp_path):
     model = make_llava()
     source = write_original(tmp_path / "llava", model, tower="inside")
