@@ -39,7 +39,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaModelOutputWithPast,
     LlavaPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dpvr import DPVRConfig
 
@@ -102,9 +102,8 @@ def split_streams(is_vision: torch.BoolTensor, is_token: torch.BoolTensor) -> tu
     return text, vision
 
 
-class VisionLayer(DynamicLayer):
-    """KV cache of a side-branch layer. What `Cache.crop` removes from the end of a sequence is text: nothing of it is
-    here. `SlotLayer` refuses a crop that would reach a vision token."""
+class StreamLayer(DynamicLayer):
+    """KV cache of a layer that one stream alone passes. How many of its slots a crop removes, `SlotLayer` knows."""
 
     def crop(self, tokens_to_remove: int) -> None:
         pass
@@ -117,24 +116,28 @@ class SlotLayer(DynamicLayer):
     As a layer of the cache they follow when the cache is reordered, repeated or cropped.
     """
 
-    def __init__(self, joint_layer: DynamicLayer, cropped: bool):
+    def __init__(self, joint_layer: DynamicLayer, stream_layers: list[DynamicLayer]):
         super().__init__()
-        self.joint_layer = joint_layer  # holds every column, and is cropped before this one
-        self.cropped = cropped
+        self.joint_layer = joint_layer  # holds every column
+        self.stream_layers = stream_layers
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the columns that `joint_layer`, cropped before this layer, has lost, and the last slots that no row
+        needs any more, here and in the layers of the stream."""
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        length = self.joint_layer.get_seq_length()
-        num_removed = min(abs(tokens_to_remove), self.keys.shape[-2]) if self.cropped else 0
-        kept, removed = self.keys.split([self.keys.shape[-2] - num_removed, num_removed], dim=-2)
-        if (kept > length).any() or ((removed > 0) & (removed <= length)).any():
-            raise ValueError(
-                f"Cannot crop the last {abs(tokens_to_remove)} tokens of this cache: they hold vision tokens or right "
-                "padding, which the text-only layers never stored. Crop less, or start again with a new cache."
-            )
-        if num_removed:
-            super().crop(tokens_to_remove)
+        self.keys = torch.where(self.keys > self.joint_layer.get_seq_length(), 0, self.keys)
+        used = self.keys.amax((0, 1, 3)).nonzero()
+        num_kept = int(used[-1]) + 1 if len(used) else 0
+        for layer in [self, *self.stream_layers]:
+            num_slots = layer.get_seq_length()
+            if num_slots < num_kept:
+                raise ValueError(
+                    f"A layer of the cache ({type(layer).__name__}) dropped {abs(tokens_to_remove)} tokens, but "
+                    "text-only layers hold fewer of those. Crop a DynamicCache, or generated tokens only."
+                )
+            if num_slots > num_kept:
+                layer.keys, layer.values = layer.keys[..., :num_kept, :], layer.values[..., :num_kept, :]
 
 
 @dataclass
@@ -213,6 +216,57 @@ class SideBranch(nn.Module):
 
 def _layer_plan(plan: dict | None) -> dict:
     return {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
+
+
+@capture_outputs
+def route(
+    decoder: nn.Module,
+    side_branch: SideBranch,
+    config: DPVRConfig,
+    hidden_states: torch.Tensor,
+    text: StreamPlan | None,
+    vision: StreamPlan | None,
+    call: Call,
+    **kwargs,
+) -> BaseModelOutputWithPast:
+    """Dual-path routing through `decoder`, the text backbone of LLaVA, whose own recorders `capture_outputs` uses.
+
+    Rotary phases come from the original positions in every stream; `position_ids` go to the layers that see all tokens
+    only, because flash attention reads gaps in them as borders of packed sequences.
+    """
+    layers = decoder.layers[: config.text_config.num_hidden_layers]
+    cached = {"past_key_values": call.cache, **kwargs}
+    joint_mask = create_causal_mask(
+        config=decoder.config,
+        inputs_embeds=hidden_states,
+        attention_mask=call.attention_mask,
+        past_key_values=call.cache,
+        position_ids=call.position_ids,
+        layer_idx=0,  # else the first layer that is not sliding, which may be one of the side branch
+    )
+    joint = {
+        "attention_mask": joint_mask,
+        "position_embeddings": call.rotary,
+        "position_ids": call.position_ids,
+        **cached,
+    }
+
+    for layer in layers[: config.saturation_layer]:
+        hidden_states = layer(hidden_states, **joint)
+
+    saturated = hidden_states
+    if vision is not None:
+        vision_states = side_branch(vision.stream.take(saturated), vision, **cached)
+        hidden_states = vision.stream.put(hidden_states, vision_states)
+    if text is not None:
+        text_states = text.stream.take(saturated)
+        for layer in layers[config.saturation_layer : config.first_fusion_layer]:
+            text_states = layer(text_states, attention_mask=text.mask, position_embeddings=text.rotary, **cached)
+        hidden_states = text.stream.put(hidden_states, text_states)
+
+    for layer in layers[config.first_fusion_layer :]:
+        hidden_states = layer(hidden_states, **joint)
+    return BaseModelOutputWithPast(decoder.norm(hidden_states), call.cache)
 
 
 def insert_image_features(
@@ -301,12 +355,6 @@ class DPVRPreTrainedModel(LlavaPreTrainedModel):
 
 class DPVRModel(DPVRPreTrainedModel, LlavaModel):
     """LLaVA without its head, whose decoder routes vision tokens (see the figure at the top of this file)."""
-
-    # Recorded by the decoder's own layers; no module of this class is to be recorded, the side branch least of all
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(nn.Identity, layer_name="nowhere"),
-        "attentions": OutputRecorder(nn.Identity, layer_name="nowhere"),
-    }
 
     def __init__(self, config: DPVRConfig):
         super().__init__(config)
@@ -440,48 +488,10 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         call = Call(attention_mask, position_ids, columns, rotary, cache)
         text, vision = self.plan_streams(inputs_embeds, is_vision, call)
-        return expand_outputs(self.route(inputs_embeds, text, vision, call, **kwargs), text, self.config)
-
-    @capture_outputs
-    def route(
-        self, hidden_states: torch.Tensor, text: StreamPlan | None, vision: StreamPlan | None, call: Call, **kwargs
-    ) -> BaseModelOutputWithPast:
-        """Dual-path routing. Rotary phases come from the original positions in every stream; `position_ids` go to the
-        layers that see all tokens only, because flash attention reads gaps in them as borders of packed sequences."""
-        decoder, config = self.language_model, self.config
-        layers = decoder.layers[: config.text_config.num_hidden_layers]
-        cached = {"past_key_values": call.cache, **kwargs}
-        joint_mask = create_causal_mask(
-            config=decoder.config,
-            inputs_embeds=hidden_states,
-            attention_mask=call.attention_mask,
-            past_key_values=call.cache,
-            position_ids=call.position_ids,
-            layer_idx=0,  # else the first layer that is not sliding, which may be one of the side branch
+        outputs = route(
+            self.language_model, self.side_branch, self.config, inputs_embeds, text, vision, call, **kwargs
         )
-        joint = {
-            "attention_mask": joint_mask,
-            "position_embeddings": call.rotary,
-            "position_ids": call.position_ids,
-            **cached,
-        }
-
-        for layer in layers[: config.saturation_layer]:
-            hidden_states = layer(hidden_states, **joint)
-
-        saturated = hidden_states
-        if vision is not None:
-            vision_states = self.side_branch(vision.stream.take(saturated), vision, **cached)
-            hidden_states = vision.stream.put(hidden_states, vision_states)
-        if text is not None:
-            text_states = text.stream.take(saturated)
-            for layer in layers[config.saturation_layer : config.first_fusion_layer]:
-                text_states = layer(text_states, attention_mask=text.mask, position_embeddings=text.rotary, **cached)
-            hidden_states = text.stream.put(hidden_states, text_states)
-
-        for layer in layers[config.first_fusion_layer :]:
-            hidden_states = layer(hidden_states, **joint)
-        return BaseModelOutputWithPast(decoder.norm(hidden_states), call.cache)
+        return expand_outputs(outputs, text, self.config)
 
     def plan_streams(
         self, hidden_states: torch.Tensor, is_vision: torch.BoolTensor | None, call: Call
@@ -555,8 +565,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         if isinstance(layers[0], StaticLayer):
             layers.extend(StaticLayer(layers[0].max_cache_len) for _ in range(num_side_layers + 2))
         else:
-            layers.extend(VisionLayer() for _ in range(num_side_layers))
-            layers.extend([SlotLayer(layers[0], cropped=True), SlotLayer(layers[0], cropped=False)])
+            text_only = range(self.config.saturation_layer, self.config.first_fusion_layer)
+            for i in text_only:
+                layers[i] = StreamLayer() if type(layers[i]) is DynamicLayer else layers[i]
+            layers.extend(StreamLayer() for _ in range(num_side_layers))
+            layers.append(SlotLayer(layers[0], [layers[i] for i in text_only]))
+            layers.append(SlotLayer(layers[0], layers[num_layers : num_layers + num_side_layers]))
 
     def _refuse_unsupported(
         self,
@@ -737,12 +751,11 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         both share a vision tower and projector; else the assistant takes image tokens for text, as LLaVA does, and
         the target corrects it."""
         cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            return
+        is_prompt = cache is None or cache.get_seq_length() == 0
         features = mm_encoder_outputs["image"].pooler_output
         num_image_tokens = (inputs["input_ids"] == self.config.image_token_id).sum()
         fits = features[0].shape[-1] == self.config.text_config.hidden_size
-        if fits and num_image_tokens == sum(map(len, features)):
+        if is_prompt and fits and num_image_tokens == sum(map(len, features)):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         else:
             inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
