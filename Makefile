@@ -1,0 +1,31 @@
+# Python and make are all that is needed: `make demo`, `make test`. Everything is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build. Elsewhere a bare torch brings gigabytes of CUDA; the package itself takes any torch.
+TORCH ?= torch==2.13.0
+
+.PHONY: help demo test lint clean
+help:
+	@echo "make demo   convert the embedded LLaVA, ask it about a picture, write demo.png"
+	@echo "make test   run the tests"
+	@echo "make lint   check style"
+	@echo "make clean  remove what these made"
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python scripts/demo.py
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) dpvr-tiny demo.png .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,123 @@
+"""The embedded models do what their records say, and every command of the README runs."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
+
+from convert_llava_to_dpvr import convert
+
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+
+import digits as task
+from measure_attention import attention_to_image
+from train_tiny_llava import generate_answers
+
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+QUESTIONS = 25
+
+
+def command(*arguments, cwd=None):
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The embedded LLaVA and the DPVR made of it with its trained side branch, each with its processor."""
+    folder = tmp_path_factory.mktemp("embedded") / "dpvr"
+    convert(EXAMPLES / "tiny-llava", folder, adapter=EXAMPLES / "dpvr-tiny-adapter")
+    llava = LlavaForConditionalGeneration.from_pretrained(EXAMPLES / "tiny-llava", dtype=torch.float32).eval()
+    dpvr = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(EXAMPLES / "tiny-llava")
+    return (llava, processor), (dpvr, AutoProcessor.from_pretrained(folder, trust_remote_code=True))
+
+
+def recorded(name, *path):
+    record = json.loads((EXAMPLES / name / "training.json").read_text())["held_out"]
+    for key in path:
+        record = record[key]
+    return record
+
+
+def test_the_records_reach_the_aims_on_enough_questions():
+    for kind in task.KINDS:
+        result = recorded("tiny-llava", kind)
+        assert result["questions"] >= 500
+        assert result["accuracy"] >= (0.95 if kind == "look" else 0.85)
+        assert recorded("dpvr-tiny-adapter", "trained", kind)["questions"] >= 500
+
+
+@pytest.mark.parametrize(("index", "record"), [(0, "dense"), (1, "trained")])
+def test_the_embedded_models_are_as_accurate_as_recorded(embedded, index, record):
+    pairs = task.make_questions(12345, QUESTIONS, "test")
+    questions = [question for _, question in pairs]
+    answers = generate_answers(*embedded[index], [grid.image for grid, _ in pairs], questions)
+    right = np.array([task.is_correct(a, q.answer) for a, q in zip(answers, questions, strict=True)])
+    expected = np.mean([recorded("dpvr-tiny-adapter", record, kind)["accuracy"] for kind in task.KINDS])
+    spread = (expected * (1 - expected) / len(right)) ** 0.5
+    assert right.mean() > expected - 4 * spread - 0.01
+
+
+def test_the_embedded_files_are_small():
+    assert (EXAMPLES / "tiny-llava" / "model.safetensors").stat().st_size < 10_000_000
+    assert (EXAMPLES / "dpvr-tiny-adapter" / "side_branch.safetensors").stat().st_size < 1_000_000
+
+
+def test_attention_to_the_image_is_that_of_a_loop_over_weights(embedded):
+    llava, processor = embedded[0]
+    llava.set_attn_implementation("eager")
+    image = task.make_grid(np.random.default_rng(0), "test").image
+    inputs = processor(images=image, text="USER: <image>\nRead row 2. ASSISTANT:", return_tensors="pt")
+    masses, uniform = attention_to_image(llava, inputs)
+    with torch.no_grad():
+        attentions = llava(**inputs, output_attentions=True).attentions
+    llava.set_attn_implementation("sdpa")
+    ids = inputs["input_ids"][0].tolist()
+    images = [i for i, token in enumerate(ids) if token == llava.config.image_token_id]
+    for attention, mass in zip(attentions, masses, strict=True):
+        sums = [
+            sum(float(attention[0, head, query, key]) for key in images)
+            for head in range(attention.shape[1])
+            for query in range(images[-1] + 1, len(ids))
+        ]
+        assert abs(sum(sums) / len(sums) - float(mass)) < 1e-5
+    assert uniform == pytest.approx(np.mean([len(images) / (q + 1) for q in range(images[-1] + 1, len(ids))]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_has_help_with_examples(script):
+    assert "example" in command(script, "--help")
+
+
+def test_the_demo_writes_a_checkpoint_and_a_picture_and_can_be_run_again(tmp_path):
+    for _ in range(2):
+        output = command(ROOT / "scripts" / "demo.py", "--questions", 2, cwd=tmp_path)
+        assert "KV-cache bytes" in output
+        assert (tmp_path / "demo.png").stat().st_size > 10_000
+        assert (tmp_path / "dpvr-tiny" / "config.json").is_file()
+
+
+def test_the_training_scripts_run_and_write_what_the_converter_takes(tmp_path):
+    llava, adapter = tmp_path / "llava", tmp_path / "adapter"
+    steps = ("--tower-steps", 1, "--text-steps", 1, "--steps", 1, "--questions", 1)
+    command(ROOT / "scripts" / "train_tiny_llava.py", *steps, "--output", llava)
+    command(
+        *(ROOT / "scripts" / "train_tiny_side_branch.py", "--source", llava, "--output", adapter),
+        *("--steps", 1, "--questions", 1),
+    )
+    summary = convert(llava, tmp_path / "dpvr", adapter=adapter)
+    assert summary.side_branch == "trained"
+
+
+def test_the_tables_of_the_readme_are_those_of_the_result_files():
+    assert "up to date" in command(ROOT / "scripts" / "report.py", "--check")
