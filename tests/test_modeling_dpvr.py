@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import batch_logits
@@ -677,6 +679,23 @@ def test_saving_and_loading_keeps_every_weight(tmp_path, tied):
     config = DPVRConfig.from_pretrained(tmp_path)
     assert config.saturation_layer == 2
     assert {"AutoConfig", "AutoModel", "AutoProcessor", "AutoModelForImageTextToText"} < set(config.auto_map)
+
+
+def test_push_to_hub_uploads_weights_config_and_code(monkeypatch):
+    uploaded = []
+    api = HfApi
+
+    def create_commit(self, repo_id, operations, **_):
+        uploaded.extend(operation.path_in_repo for operation in operations)
+
+    monkeypatch.setattr(api, "create_repo", lambda self, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(api, "create_commit", create_commit)
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: ModelCard(""))
+    monkeypatch.setattr(
+        transformers.modeling_utils, "create_and_tag_model_card", lambda *_, **__: ModelCard(""), raising=False
+    )
+    make_dpvr().push_to_hub("org/dpvr")
+    assert {"config.json", "model.safetensors", "configuration_dpvr.py", "modeling_dpvr.py"} <= set(uploaded)
 
 
 def test_a_llava_checkpoint_loads_and_its_missing_side_branch_starts_as_the_identity(tmp_path):
