@@ -361,6 +361,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         self.side_branch = SideBranch(config, self.language_model)
         self.post_init()
         self._pp_plan = {}  # LLaVA's describes a plain loop over the layers
+        self._routing = (
+            config.text_config.num_hidden_layers,
+            config.saturation_layer,
+            config.first_fusion_layer,
+            config.num_side_layers,
+        )
 
     def initialize_side_branch(self) -> None:
         source = self.language_model.layers[self.config.saturation_layer]
@@ -420,8 +426,10 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             use_cache = self.config.text_config.use_cache and not is_checkpointing
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
+        return_dict = kwargs.pop("return_dict", None)
         outputs = self.decode(inputs_embeds, is_vision, attention_mask, position_ids, past_key_values, **kwargs)
-        return LlavaModelOutputWithPast(**outputs, image_hidden_states=image_features)
+        outputs = LlavaModelOutputWithPast(**outputs, image_hidden_states=image_features)
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     def find_vision_tokens(
         self,
@@ -482,6 +490,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         if cache is not None:
             self.add_stream_layers(cache)
             num_seen = cache.get_seq_length()
+            if cache.offloading:  # the layer prefetched after the decoder's last is the side branch's, not the first
+                cache.layers[0].prefetch()
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen
         self._refuse_unsupported(attention_mask, position_ids, cache, num_seen, len(columns), kwargs)
         position_ids = columns[None] if position_ids is None else position_ids
@@ -489,7 +499,15 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         call = Call(attention_mask, position_ids, columns, rotary, cache)
         text, vision = self.plan_streams(inputs_embeds, is_vision, call)
         outputs = route(
-            self.language_model, self.side_branch, self.config, inputs_embeds, text, vision, call, **kwargs
+            self.language_model,
+            self.side_branch,
+            self.config,
+            inputs_embeds,
+            text,
+            vision,
+            call,
+            return_dict=True,
+            **kwargs,
         )
         return expand_outputs(outputs, text, self.config)
 
@@ -541,8 +559,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         return StreamPlan(stream, tuple(stream.take(x) for x in call.rotary), mask, slots)
 
     def has_filled(self, cache: Cache) -> bool:
-        """Whether this model extended the cache, which it does when it first writes to it."""
-        return len(cache.layers) == self.config.text_config.num_hidden_layers + self.config.num_side_layers + 2
+        """Whether a model of this geometry extended the cache, which it does when it first writes to it."""
+        return getattr(cache, "routing", None) == self._routing
 
     def add_stream_layers(self, cache: Cache) -> None:
         """Extends any cache that `generate` or a user made, once: after the decoder's layers come those of the side
@@ -555,12 +573,14 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         num_side_layers = self.config.num_side_layers
         if self.has_filled(cache):
             return
-        if len(layers) > num_layers or (layers and layers[0].is_initialized and layers[0].get_seq_length() > 0):
+        is_used = bool(layers) and layers[0].is_initialized and layers[0].get_seq_length() > 0
+        if is_used or len(layers) > num_layers or hasattr(cache, "routing"):
             raise ValueError(
                 f"past_key_values has {len(layers)} layers and holds {cache.get_seq_length()} tokens, but this model, "
                 f"of {num_layers} layers and {num_side_layers} side layers, did not write them: which are vision "
                 "tokens is unknown. Pass an empty cache, or one that this model filled."
             )
+        cache.routing = self._routing
         layers.extend(DynamicLayer() for _ in range(num_layers - len(layers)))
         if isinstance(layers[0], StaticLayer):
             layers.extend(StaticLayer(layers[0].max_cache_len) for _ in range(num_side_layers + 2))
@@ -588,8 +608,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
                 f"more. Pass a mask of {num_seen + length} columns."
             )
-        is_packed = attention_mask is None and cache is None and position_ids is not None and length > 1
-        if "cu_seq_lens_q" in kwargs or (is_packed and (position_ids.diff(dim=-1) != 1).any()):
+        is_packed = False
+        if attention_mask is None and position_ids is not None and length > 1:
+            steps = position_ids.diff(dim=-1)  # without a cache, transformers reads any gap as the start of a sequence
+            is_packed = bool((steps != 1).any() if cache is None else (steps < 0).any())
+        if is_packed or "cu_seq_lens_q" in kwargs:
             raise ValueError(
                 "Several sequences packed into one row (position_ids that restart, or cu_seq_lens_q) cannot be "
                 "routed. Pass one sequence a row, padded, with an attention_mask."
@@ -690,6 +713,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
             **kwargs,
         )
         # -0 keeps all

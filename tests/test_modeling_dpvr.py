@@ -1,6 +1,9 @@
 """The invariants of the model. `oracle.py` says what DPVR computes; LLaVA is the reference where routing is void."""
 
+import contextlib
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from transformers import (
     Qwen2Config,
     StaticCache,
 )
+from transformers.cache_utils import DynamicLayer
 
 TOLERANCE = 1e-4
 RAGGED = ["ttItt", "tttt", "ItIt", "I", "ttI", "t"]
@@ -399,16 +403,27 @@ def test_a_cache_of_another_model_is_refused(model):
         model(input_ids=torch.tensor([[9]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("make_cache", [DynamicCache, StaticCache])
+def test_a_cache_of_another_geometry_is_refused(models, make_cache):
+    cache = (
+        make_cache(config=models[2, 1, 1].config, max_cache_len=20) if make_cache is StaticCache else DynamicCache()
+    )
+    models[2, 1, 1](**make_batch(["ttItt"]), past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 8 tokens, but this model"):
+        models[5, 1, 1](input_ids=torch.tensor([[9]]), past_key_values=cache)
+
+
 def test_an_attention_mask_that_misses_the_cache_is_refused(model):
     cache = model(**make_batch(["ttItt"])).past_key_values
     with pytest.raises(ValueError, match="covers 1 tokens, but the cache holds 8 and this call 1 more"):
         model(input_ids=torch.tensor([[9]]), attention_mask=torch.ones(1, 1), past_key_values=cache)
 
 
-def test_packed_sequences_are_refused(model):
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
+def test_packed_sequences_are_refused(model, options):
     batch = without(make_batch(["tttttt"]), "attention_mask")
     with pytest.raises(ValueError, match="packed"):
-        model(**batch, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+        model(**batch, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), **options)
 
 
 def test_a_prompt_longer_than_the_sliding_window_is_refused():
@@ -490,6 +505,8 @@ def test_logits_to_keep_and_tuples_are_as_in_llava(model):
     assert torch.equal(model(**batch, logits_to_keep=2).logits, logits[:, -2:])
     assert_close(model(**batch, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
     assert torch.equal(model(**batch, return_dict=False)[0], logits)
+    hidden = model.model(**batch, return_dict=False)[0]
+    assert torch.equal(model.lm_head(hidden), logits)
 
 
 # --- generation ----------------------------------------------------------------------------------------------------
@@ -637,6 +654,41 @@ def test_images_are_encoded_once(generator):
     generate(generator, make_batch(["ttItt", "tIt"]))
     handle.remove()
     assert len(calls) == 1
+
+
+def test_an_offloaded_cache_is_prefetched_before_every_use(generator, monkeypatch):
+    """Simulated, without an accelerator: which layer's cache is where is recorded instead of moved."""
+    away, missed, update = set(), [], DynamicLayer.update
+
+    def recorded_update(layer, *states):
+        missed.extend([layer] if id(layer) in away else [])
+        return update(layer, *states)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    manager = contextlib.nullcontext(stream)
+    manager.wait_stream = stream.wait_stream
+    monkeypatch.setattr(torch, "Stream", lambda: manager)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: stream)
+    monkeypatch.setattr(DynamicLayer, "update", recorded_update)
+    monkeypatch.setattr(DynamicLayer, "offload", lambda layer: away.add(id(layer)) if layer.is_initialized else None)
+    monkeypatch.setattr(DynamicLayer, "prefetch", lambda layer: away.discard(id(layer)))
+    cache = DynamicCache(config=generator.config, offloading=True)
+    first = make_batch(["ttItt"])
+    turn = generate(generator, first, past_key_values=cache, max_new_tokens=3)
+    assert away
+    new = make_batch(["ttItt" + "t" * 3 + "Itt"], seed=0)
+    new["input_ids"][:, : turn.shape[1]] = turn
+    generate(generator, {**new, "pixel_values": new["pixel_values"][1:]}, past_key_values=cache, max_new_tokens=3)
+    assert not missed
+
+
+def test_threads_that_share_a_model_get_their_own_answers(generator):
+    batches = [make_batch(["ttItt"], seed=seed) for seed in range(4)]
+    expected = [generate(generator, batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda batch: generate(generator, batch), batches))
+    for answer, reference in zip(answers, expected, strict=True):
+        assert torch.equal(answer, reference)
 
 
 def test_the_decode_step_compiles_into_one_graph(generator):
