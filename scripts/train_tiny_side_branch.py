@@ -129,9 +129,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--saturation-layer", type=int, help="default: the paper's proportion of the layers")
     parser.add_argument("--init", choices=("identity", "copy", "random"), default="identity", help="%(default)s")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of data and augmentation (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=1000, help="evaluated, of each kind (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=500, help="evaluated, of each kind (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     return parser.parse_args()
 
