@@ -4,6 +4,16 @@
 
 from transformers import LlavaConfig
 
+_MODEL = "modeling_dpvr.DPVRForConditionalGeneration"
+# What each auto class loads from a checkpoint's folder, as its config.json says
+AUTO_MAP = {
+    "AutoConfig": "configuration_dpvr.DPVRConfig",
+    "AutoProcessor": "processing_dpvr.DPVRProcessor",
+    "AutoModel": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+}
+
 
 class DPVRConfig(LlavaConfig):
     r"""

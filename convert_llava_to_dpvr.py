@@ -46,19 +46,12 @@ from transformers import (
 )
 
 from benchmarks.accounting import cache_bytes, dense_config, layer_flops, prefill_loads
-from configuration_dpvr import DPVRConfig
+from configuration_dpvr import AUTO_MAP, DPVRConfig
 from processing_dpvr import DPVRProcessor
 
 HERE = Path(__file__).resolve().parent
 CODE_FILES = ("configuration_dpvr.py", "modeling_dpvr.py", "processing_dpvr.py")
 MODEL_CLASS = "DPVRForConditionalGeneration"
-AUTO_MAP = {
-    "AutoConfig": "configuration_dpvr.DPVRConfig",
-    "AutoProcessor": "processing_dpvr.DPVRProcessor",
-    "AutoModel": f"modeling_dpvr.{MODEL_CLASS}",
-    "AutoModelForImageTextToText": f"modeling_dpvr.{MODEL_CLASS}",
-    "AutoModelForMultimodalLM": f"modeling_dpvr.{MODEL_CLASS}",
-}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_SHARD_BYTES = 10**9
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"

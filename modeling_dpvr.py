@@ -41,7 +41,7 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_dpvr import DPVRConfig
+from .configuration_dpvr import AUTO_MAP, DPVRConfig
 
 # LLaVA-1.5 checkpoints name their weights as transformers 4 did. Custom code is left out of transformers' own renaming
 # unless it registers; `overwrite`, because every copy of this file is imported under its own module name.
@@ -342,14 +342,7 @@ class DPVRPreTrainedModel(LlavaPreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the code files and the entries of every auto class are written along."""
-        model_class = "modeling_dpvr.DPVRForConditionalGeneration"
-        self.config.auto_map = {
-            "AutoConfig": "configuration_dpvr.DPVRConfig",
-            "AutoProcessor": "processing_dpvr.DPVRProcessor",
-            "AutoModel": model_class,
-            "AutoModelForImageTextToText": model_class,
-            "AutoModelForMultimodalLM": model_class,
-        }
+        self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, **kwargs)
 
 
@@ -695,7 +688,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
 
         >>> model = AutoModel.from_pretrained("dpvr-tiny", trust_remote_code=True)
         >>> processor = AutoProcessor.from_pretrained("dpvr-tiny", trust_remote_code=True)
-        >>> prompt = "USER: <image>\nHow many times does the digit seven appear? ASSISTANT:"
+        >>> prompt = "USER: <image>\nHow many times does seven occur in row 2? ASSISTANT:"
         >>> inputs = processor(images=Image.open("digits.png"), text=prompt, return_tensors="pt")
         >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
         ```"""
