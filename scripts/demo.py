@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
 
 import digits as task
-from train_tiny_llava import conversation, generate_answers, wilson_interval
+from train_tiny_llava import conversation, generate_answers
+from train_tiny_side_branch import accuracy
 
 from benchmarks.accounting import prefill_flops
 from convert_llava_to_dpvr import convert
@@ -32,10 +33,10 @@ QUESTIONS_ABOUT_THE_PICTURE = 2  # of each kind
 
 @dataclass
 class Result:
-    """What one model does: answers about the picture, right answers by kind, and what a prompt costs."""
+    """What one model does: answers about the picture, held-out accuracy by kind, and what a prompt costs."""
 
     answers: list[str]
-    right: dict[str, list[bool]]
+    held_out: dict[str, dict]
     gflops: float
     cache_bytes: int
 
@@ -61,26 +62,20 @@ def stored_bytes(model, inputs) -> int:
 def run(model, processor, picture, questions, held_out) -> Result:
     """Asks a model about the picture and about the held-out grids."""
     answers = generate_answers(model, processor, [picture] * len(questions), questions)
-    tests = [question for _, question in held_out]
-    given = generate_answers(model, processor, [grid.image for grid, _ in held_out], tests)
-    right = {kind: [] for kind in task.KINDS}
-    for answer, question in zip(given, tests, strict=True):
-        right[question.kind].append(task.is_correct(answer, question.answer))
     prompt = processor.apply_chat_template(conversation(questions[:1])[:1], add_generation_prompt=True)
     inputs = processor(images=picture, text=prompt, return_tensors="pt")
     vision = model.config.image_seq_length
     flops = prefill_flops(model.config, vision, inputs["input_ids"].shape[1] - vision)
-    return Result(answers, right, flops.decoder / 1e9, stored_bytes(model, inputs))
+    return Result(answers, accuracy(model, processor, held_out), flops.decoder / 1e9, stored_bytes(model, inputs))
 
 
 def summary_rows(dense: Result, dpvr: Result) -> list[tuple[str, str, str]]:
     """Rows of accuracy and cost: name, LLaVA, DPVR."""
 
-    def share(hits: list[bool]) -> str:
-        low, high = wilson_interval(sum(hits), len(hits))
-        return f"{np.mean(hits):.3f} [{low:.2f}, {high:.2f}]"
+    def share(result: Result, kind: str) -> str:
+        return "{accuracy:.3f} [{wilson_95[0]:.2f}, {wilson_95[1]:.2f}]".format(**result.held_out[kind])
 
-    rows = [(f"accuracy, {kind}", share(dense.right[kind]), share(dpvr.right[kind])) for kind in task.KINDS]
+    rows = [(f"accuracy, {kind}", share(dense, kind), share(dpvr, kind)) for kind in task.KINDS]
     flops, cache = dpvr.gflops / dense.gflops, dpvr.cache_bytes / dense.cache_bytes
     rows.append(("decoder GFLOPs", f"{dense.gflops:.3f}", f"{dpvr.gflops:.3f} (x {flops:.3f})"))
     rows.append(("KV-cache bytes", f"{dense.cache_bytes:,}", f"{dpvr.cache_bytes:,} (x {cache:.3f})"))
