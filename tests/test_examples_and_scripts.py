@@ -1,6 +1,7 @@
 """The embedded models do what their records say, and every command of the README runs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from convert_llava_to_dpvr import convert
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 
 import digits as task
+import run_transformers_tests
 from measure_attention import attention_to_image
 from train_tiny_llava import generate_answers
 
@@ -121,3 +123,29 @@ def test_the_training_scripts_run_and_write_what_the_converter_takes(tmp_path):
 
 def test_the_tables_of_the_readme_are_those_of_the_result_files():
     assert "up to date" in command(ROOT / "scripts" / "report.py", "--check")
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="LlavaVLMTest" name="test_a"/><testcase classname="DPVRVLMTest" name="test_a"/>
+<testcase classname="LlavaVLMTest" name="test_b"/><testcase classname="DPVRVLMTest" name="test_b"><failure/></testcase>
+<testcase classname="DPVRVLMTest" name="test_b"/>
+<testcase classname="LlavaVLMTest" name="test_c"/>
+<testcase classname="DPVRVLMTest" name="test_c"><skipped message="why"/></testcase>
+<testcase classname="LlavaVLMTest" name="test_d"><failure/></testcase><testcase classname="DPVRVLMTest" name="test_d"/>
+</testsuite></testsuites>"""
+
+
+def test_a_test_that_only_llava_passes_is_told_with_what_became_of_it(tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    pair = run_transformers_tests.compare(run_transformers_tests.read_report(tmp_path / "report.xml"))[
+        "its tester of vision-language models"
+    ]
+    assert pair["DPVR"] == {"passed": 2, "failed": 1, "skipped": 1}
+    assert pair["passed by LLaVA alone"] == {"test_b": "failed", "test_c": "skipped: why"}
+
+
+@pytest.mark.skipif(
+    "TRANSFORMERS_CHECKOUT" not in os.environ, reason="set TRANSFORMERS_CHECKOUT to a checkout's folder"
+)
+def test_transformers_own_tests_pass_wherever_llavas_do():
+    command("scripts/run_transformers_tests.py", os.environ["TRANSFORMERS_CHECKOUT"], cwd=ROOT)
