@@ -27,10 +27,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, initialization
+from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
@@ -39,22 +38,18 @@ from transformers.models.llava.modeling_llava import (
     LlavaModelOutputWithPast,
     LlavaPreTrainedModel,
 )
-from transformers.utils.output_capturing import capture_outputs
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.output_capturing import capture_outputs, selected_hidden_states
 
 from .configuration_dpvr import AUTO_MAP, DPVRConfig
 
+logger = logging.get_logger(__name__)
+
 # LLaVA-1.5 checkpoints name their weights as transformers 4 did. Custom code is left out of transformers' own renaming
 # unless it registers; `overwrite`, because every copy of this file is imported under its own module name.
-register_checkpoint_conversion_mapping(
-    "dpvr",
-    [
-        WeightRenaming(r"^language_model.lm_head", "lm_head"),
-        WeightRenaming(r"^language_model.model", "model.language_model"),
-        WeightRenaming(r"^vision_tower", "model.vision_tower"),
-        WeightRenaming(r"^multi_modal_projector", "model.multi_modal_projector"),
-    ],
-    overwrite=True,
-)
+for ours, llavas in (("dpvr", "llava"), ("DPVRModel", "LlavaModel")):
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(llavas), overwrite=True)
 
 
 @dataclass
@@ -280,9 +275,9 @@ def insert_image_features(
     per_row = [0] * len(inputs_embeds) if is_vision is None else is_vision.sum(-1).tolist()
     if sum(per_row) != len(image_features):
         raise ValueError(
-            f"The prompts hold {sum(per_row)} image tokens (by row: {per_row}) but the images give "
-            f"{len(image_features)} features. Each image needs as many image tokens as it has features: let the "
-            "processor expand <image>, and pass every image of the batch."
+            f"Image features and image tokens do not match: the prompts hold {sum(per_row)} image tokens (by row: "
+            f"{per_row}) but the images give {len(image_features)} features. Each image needs as many image tokens as "
+            "it has features: let the processor expand <image>, and pass every image of the batch."
         )
     is_vision = is_vision[..., None].to(inputs_embeds.device)
     return inputs_embeds.masked_scatter(is_vision, image_features.to(inputs_embeds.device, inputs_embeds.dtype))
@@ -335,6 +330,9 @@ class DPVRPreTrainedModel(LlavaPreTrainedModel):
         Each layer is a copy of the saturation layer whose two output projections are zero. Here and not in
         `_init_weights`, which transformers skips for custom code on modules without parameters of their own.
         """
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and not module.is_custom_code():
+                module.initialize_weights()  # LLaVA's parts, by rules that transformers skips below custom code
         super().initialize_weights()
         for model in (module for module in self.modules() if isinstance(module, DPVRModel)):
             if hasattr(model, "side_branch"):  # absent while LlavaModel's own constructor runs
@@ -385,7 +383,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaModelOutputWithPast:
         """Arguments and errors as in [`DPVRForConditionalGeneration.forward`]; `last_hidden_state` is `(B, T, D)`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -407,9 +405,9 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
 
-        is_decoding = inputs_embeds.shape[1] == 1 and past_key_values is not None and self.has_filled(past_key_values)
+        is_continued = past_key_values is not None and self.has_filled(past_key_values)
         is_vision = self.find_vision_tokens(
-            input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, is_decoding
+            input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, is_continued
         )
         if image_features is not None:
             inputs_embeds = insert_image_features(inputs_embeds, is_vision, image_features)
@@ -430,12 +428,13 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         inputs_embeds: torch.Tensor,
         mm_token_type_ids: torch.LongTensor | None,
         has_images: bool,
-        is_decoding: bool,
+        is_continued: bool,
     ) -> torch.BoolTensor | None:
         """Where this call holds vision tokens, `(B, T)`, or None if nowhere. Never guesses: it knows or raises.
 
         `mm_token_type_ids` says it. Without, image tokens among `input_ids` are vision tokens if images come with
-        them; a single token after a filled cache is text, as it is when it was generated.
+        them. If none come, a single token after a filled cache is text, as it is when it was generated, and so is a
+        whole prompt, as it is to LLaVA.
         """
         shape = inputs_embeds.shape[:2]
         if mm_token_type_ids is not None:
@@ -453,18 +452,22 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 "inputs_embeds alone does not tell which tokens are vision tokens. Pass mm_token_type_ids of shape "
                 f"{tuple(shape)}: 1 where inputs_embeds holds an image feature, 0 elsewhere (all zeros for text)."
             )
-        elif is_decoding and not has_images:
+        elif is_continued and not has_images and shape[1] == 1:
             return None
         else:
             is_vision = input_ids == self.config.image_token_id
         if not is_vision.any():
             return None
         if input_ids is not None and not has_images:
-            raise ValueError(
+            message = (
                 f"input_ids hold image tokens (by row: {is_vision.sum(-1).tolist()}) but no image came with them. "
                 "Pass pixel_values; or inputs_embeds that hold the image features, with mm_token_type_ids; or, if "
                 "these are generated tokens and no images, mm_token_type_ids of zeros."
             )
+            if mm_token_type_ids is not None or is_continued:
+                raise ValueError(message)
+            logger.warning_once(f"{message} They are taken for text.")
+            return None
         return is_vision
 
     def decode(
@@ -477,8 +480,9 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The decoder on embeddings `(B, T, D)`: finds the streams, routes them, gives outputs their usual shapes."""
-        if kwargs.get("output_hidden_states"):
-            kwargs["output_hidden_states"] = True  # a selection of layers is answered with all of them
+        wanted = kwargs.get("output_hidden_states")
+        if wanted:
+            kwargs["output_hidden_states"] = True  # of all layers, until the states of text-only layers are expanded
         num_seen = 0
         if cache is not None:
             self.add_stream_layers(cache)
@@ -502,7 +506,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             return_dict=True,
             **kwargs,
         )
-        return expand_outputs(outputs, text, self.config)
+        outputs = expand_outputs(outputs, text, self.config)
+        if outputs.hidden_states and (selected := selected_hidden_states(wanted)) is not None:
+            kept = {i if i >= 0 else i + len(outputs.hidden_states) for i in selected}
+            outputs.hidden_states = tuple(x if i in kept else None for i, x in enumerate(outputs.hidden_states))
+        return outputs
 
     def plan_streams(
         self, hidden_states: torch.Tensor, is_vision: torch.BoolTensor | None, call: Call
@@ -656,7 +664,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
         Args:
@@ -735,7 +743,10 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict:
-        """As in transformers; keeps `mm_token_type_ids` in step with the tokens."""
+        """As in transformers; keeps `mm_token_type_ids` in step with the tokens, and takes them from `input_ids` that
+        come with `inputs_embeds`."""
+        if mm_token_type_ids is None and inputs_embeds is not None and input_ids.shape[:2] == inputs_embeds.shape[:2]:
+            mm_token_type_ids = (input_ids == self.config.image_token_id).long()
         if mm_token_type_ids is not None:
             # Candidate tokens of assisted decoding are text that transformers adds to `input_ids` alone
             num_candidates = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, ModelCard, RepoUrl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import batch_logits
+from safetensors.torch import save_file
 from tiny import (
     FIRST_TEXT,
     IMAGE,
@@ -385,8 +386,24 @@ def test_unknown_vision_tokens_are_refused_with_what_to_pass(model):
     with pytest.raises(ValueError, match="Pass mm_token_type_ids of shape"):
         model(inputs_embeds=embed(model, batch))
     cache = model(**batch).past_key_values
+    more = make_batch(["Itt"])["input_ids"]
+    with pytest.raises(ValueError, match=r"by row: \[4\].*no image came with them.*pixel_values"):
+        model(input_ids=more, past_key_values=cache)
     with pytest.raises(ValueError, match=r"mm_token_type_ids has shape \(1, 8\).*\(1, 1\)"):
         model(input_ids=torch.tensor([[9]]), mm_token_type_ids=batch["mm_token_type_ids"], past_key_values=cache)
+
+
+def test_image_tokens_of_a_prompt_without_images_are_text_as_they_are_to_llava(model):
+    """In a prompt that nobody calls vision: without pixel values and without mm_token_type_ids."""
+    llava = make_llava()
+    llava.load_state_dict(model.state_dict(), strict=False)
+    batch = make_batch(["ttItt", "It"])
+    prompt = without(batch, "pixel_values", "mm_token_type_ids")
+    expected = llava(**prompt).logits
+    for actual, reference in zip(
+        real_logits(model(**prompt).logits, batch), real_logits(expected, batch), strict=True
+    ):
+        assert_close(actual, reference)
 
 
 def test_a_wrong_number_of_images_is_refused_with_both_numbers(model):
@@ -480,7 +497,10 @@ def test_hidden_states_and_attentions_have_full_shapes():
         attention = attention.mean(1)
         assert_close(attention.sum(-1), is_text.float())
         assert_close(attention.sum(1)[~is_text], torch.zeros(int((~is_text).sum())))
-    assert len(model(**batch, output_hidden_states=[3, -1]).hidden_states) == NUM_LAYERS + 1
+    for selected in ([3, -1, 99], 3):
+        some = model(**batch, output_hidden_states=selected).hidden_states
+        for i, (state, full) in enumerate(zip(some, outputs.hidden_states, strict=True)):
+            assert torch.equal(state, full) if i in (3, *[NUM_LAYERS] * (selected != 3)) else state is None
     plain = model(**batch)
     assert plain.hidden_states is None
     assert plain.attentions is None
@@ -631,8 +651,10 @@ def test_generation_from_embeddings_gives_the_tokens_of_the_plain_loop(generator
         "attention_mask": batch["attention_mask"],
         "mm_token_type_ids": batch["mm_token_type_ids"],
     }
-    expected = plain_loop(generator, batch)[:, batch["input_ids"].shape[1] :]
-    assert torch.equal(generate(generator, inputs), expected)
+    expected = plain_loop(generator, batch)
+    assert torch.equal(generate(generator, inputs), expected[:, batch["input_ids"].shape[1] :])
+    with_ids = {**without(inputs, "mm_token_type_ids"), "input_ids": batch["input_ids"]}
+    assert torch.equal(generate(generator, with_ids), expected)
 
 
 def test_a_generated_image_token_is_text(generator):
@@ -761,6 +783,26 @@ def test_a_llava_checkpoint_loads_and_its_missing_side_branch_starts_as_the_iden
     for layer in dpvr.model.side_branch.layers:
         assert not layer.self_attn.o_proj.weight.any()
         assert torch.equal(layer.self_attn.q_proj.weight, llava.model.language_model.layers[5].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_weights_under_the_names_of_transformers_4_load(tmp_path, with_head):
+    """As llava-hf's checkpoints name them."""
+    model = make_dpvr()
+    names = {"model.language_model": "language_model.model", "lm_head": "language_model.lm_head"}
+    names |= {"model.vision_tower": "vision_tower.vision_model"}
+    names |= {"model.multi_modal_projector": "multi_modal_projector"}
+    old = {}
+    for name, weight in model.state_dict().items():
+        prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
+        old[names.get(prefix, "") + name.removeprefix(prefix)] = weight
+    model.config.save_pretrained(tmp_path)
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = type(model if with_head else model.model).from_pretrained(tmp_path)
+    expected = (model if with_head else model.model).state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_saved_base_weights_are_those_of_a_llava_checkpoint(tmp_path):
