@@ -84,15 +84,19 @@ def pack_stream(belongs: torch.BoolTensor, width: int) -> Stream:
     return Stream(index, belongs.gather(1, index))
 
 
-def split_streams(is_vision: torch.BoolTensor, is_token: torch.BoolTensor) -> tuple[Stream | None, Stream | None]:
+def split_streams(
+    is_vision: torch.BoolTensor, is_token: torch.BoolTensor, min_vision: int = 0
+) -> tuple[Stream | None, Stream | None]:
     """Text and vision streams of a call, None where no row has such a token. Padding belongs to neither.
 
     Args:
         is_vision: `(B, T)`, True at vision tokens.
         is_token: `(B, T)`, False at padding.
+        min_vision: least width of the vision stream; what no row fills is padding.
     """
     masks = torch.stack([is_token & ~is_vision, is_token & is_vision])
     widths = masks.sum(-1).amax(-1).tolist()  # the routing's only wait for the device
+    widths[1] = max(widths[1], min_vision)
     text, vision = (pack_stream(mask, width) if width else None for mask, width in zip(masks, widths, strict=True))
     return text, vision
 
@@ -524,11 +528,16 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         is_token = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         if call.padding_mask is not None:
             is_token = call.padding_mask[:, call.columns].bool()
+        # A training step without an image runs the side branch on padding, whose gradients are zero: processes that
+        # train together wait for each other's gradients, and with sharded weights for each other's calls
+        is_training = self.training and torch.is_grad_enabled()
+        if is_vision is None and is_training:
+            is_vision = torch.zeros_like(is_token)
         if is_vision is None:  # no packing: shapes that do not depend on the data let the decode step compile
             index = torch.arange(hidden_states.shape[1], device=is_token.device)
             text, vision = Stream(index.expand_as(is_token), is_token), None
         else:
-            text, vision = split_streams(is_vision, is_token)
+            text, vision = split_streams(is_vision, is_token, min_vision=int(is_training))
         num_layers = self.config.text_config.num_hidden_layers
         text_slots = num_layers + self.config.num_side_layers
         return (

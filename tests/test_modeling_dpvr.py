@@ -873,3 +873,20 @@ def test_train_with_gradient_checkpointing_gives_the_same_gradients():
     for name, gradient in gradients[0].items():
         if gradient is not None:
             assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [["ttt", "tttttt"], ["t"]])
+def test_train_a_step_without_an_image_gives_the_side_branch_gradients_of_zero_and_the_same_logits(rows, attention):
+    model = make_dpvr(attn_implementation=attention)
+    batch = make_batch(rows)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    model.train().requires_grad_(False)
+    model.model.side_branch.requires_grad_(True)
+    outputs = model(**batch, labels=batch["input_ids"])
+    outputs.loss.backward()
+    assert_close(outputs.logits, expected)
+    for weight in model.model.side_branch.parameters():
+        assert weight.grad is not None
+        assert not weight.grad.any()
