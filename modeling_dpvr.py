@@ -217,6 +217,47 @@ def _layer_plan(plan: dict | None) -> dict:
     return {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
 
 
+def joint_arguments(decoder: nn.Module, hidden_states: torch.Tensor, call: Call, **kwargs) -> dict:
+    """Arguments of the layers that see both streams. `hidden_states` `(B, T, D)` gives shape, dtype and device."""
+    mask = create_causal_mask(
+        config=decoder.config,
+        inputs_embeds=hidden_states,
+        attention_mask=call.attention_mask,
+        past_key_values=call.cache,
+        position_ids=call.position_ids,
+        layer_idx=0,  # else the first layer that is not sliding, which may be one of the side branch
+    )
+    return {
+        "attention_mask": mask,
+        "position_embeddings": call.rotary,
+        "position_ids": call.position_ids,
+        "past_key_values": call.cache,
+        **kwargs,
+    }
+
+
+def run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, arguments: dict) -> torch.Tensor:
+    for layer in layers:
+        hidden_states = layer(hidden_states, **arguments)
+    return hidden_states
+
+
+def run_stream(
+    layers: nn.ModuleList | SideBranch, hidden_states: torch.Tensor, plan: StreamPlan | None, **kwargs
+) -> torch.Tensor:
+    """`hidden_states` `(B, T, D)` whose tokens of one stream have passed `layers`; the others stay as they are."""
+    if plan is None:
+        return hidden_states
+    states = plan.stream.take(hidden_states)
+    if isinstance(layers, nn.ModuleList):
+        states = run_layers(
+            layers, states, {"attention_mask": plan.mask, "position_embeddings": plan.rotary, **kwargs}
+        )
+    else:  # as a module, for hooks and wrappers
+        states = layers(states, plan, **kwargs)
+    return plan.stream.put(hidden_states, states)
+
+
 @capture_outputs
 def route(
     decoder: nn.Module,
@@ -233,39 +274,21 @@ def route(
     Rotary phases come from the original positions in every stream; `position_ids` go to the layers that see all tokens
     only, because flash attention reads gaps in them as borders of packed sequences.
     """
-    layers = decoder.layers[: config.text_config.num_hidden_layers]
+    joint_layers, text_only_layers, fusion_layers = split_layers(decoder, config)
+    joint = joint_arguments(decoder, hidden_states, call, **kwargs)
     cached = {"past_key_values": call.cache, **kwargs}
-    joint_mask = create_causal_mask(
-        config=decoder.config,
-        inputs_embeds=hidden_states,
-        attention_mask=call.attention_mask,
-        past_key_values=call.cache,
-        position_ids=call.position_ids,
-        layer_idx=0,  # else the first layer that is not sliding, which may be one of the side branch
-    )
-    joint = {
-        "attention_mask": joint_mask,
-        "position_embeddings": call.rotary,
-        "position_ids": call.position_ids,
-        **cached,
-    }
-
-    for layer in layers[: config.saturation_layer]:
-        hidden_states = layer(hidden_states, **joint)
-
-    saturated = hidden_states
-    if vision is not None:
-        vision_states = side_branch(vision.stream.take(saturated), vision, **cached)
-        hidden_states = vision.stream.put(hidden_states, vision_states)
-    if text is not None:
-        text_states = text.stream.take(saturated)
-        for layer in layers[config.saturation_layer : config.first_fusion_layer]:
-            text_states = layer(text_states, attention_mask=text.mask, position_embeddings=text.rotary, **cached)
-        hidden_states = text.stream.put(hidden_states, text_states)
-
-    for layer in layers[config.first_fusion_layer :]:
-        hidden_states = layer(hidden_states, **joint)
+    hidden_states = run_layers(joint_layers, hidden_states, joint)
+    hidden_states = run_stream(side_branch, hidden_states, vision, **cached)
+    hidden_states = run_stream(text_only_layers, hidden_states, text, **cached)
+    hidden_states = run_layers(fusion_layers, hidden_states, joint)
     return BaseModelOutputWithPast(decoder.norm(hidden_states), call.cache)
+
+
+def split_layers(decoder: nn.Module, config: DPVRConfig) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
+    """Joint, text-only and fusion layers of the decoder."""
+    saturation, fusion = config.saturation_layer, config.first_fusion_layer
+    layers = decoder.layers[: config.text_config.num_hidden_layers]
+    return layers[:saturation], layers[saturation:fusion], layers[fusion:]
 
 
 def insert_image_features(
@@ -493,12 +516,9 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             num_seen = cache.get_seq_length()
             if cache.offloading:  # the layer prefetched after the decoder's last is the side branch's, not the first
                 cache.layers[0].prefetch()
-        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen
-        self._refuse_unsupported(attention_mask, position_ids, cache, num_seen, len(columns), kwargs)
-        position_ids = columns[None] if position_ids is None else position_ids
-        rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
-        call = Call(attention_mask, position_ids, columns, rotary, cache)
-        text, vision = self.plan_streams(inputs_embeds, is_vision, call)
+        call, text, vision = self.plan_call(
+            inputs_embeds, is_vision, attention_mask, position_ids, cache, num_seen, kwargs
+        )
         outputs = route(
             self.language_model,
             self.side_branch,
@@ -515,6 +535,31 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             kept = {i if i >= 0 else i + len(outputs.hidden_states) for i in selected}
             outputs.hidden_states = tuple(x if i in kept else None for i, x in enumerate(outputs.hidden_states))
         return outputs
+
+    def plan_call(
+        self,
+        inputs_embeds: torch.Tensor,
+        is_vision: torch.BoolTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        cache: Cache | None = None,
+        num_seen: int | torch.Tensor = 0,
+        kwargs: dict | None = None,
+    ) -> tuple[Call, StreamPlan | None, StreamPlan | None]:
+        """What the call says of its tokens, and the plans of the text and the vision stream.
+
+        Args:
+            inputs_embeds: `(B, T, D)`.
+            is_vision: `(B, T)`, or None if all tokens are text.
+            num_seen: tokens that `cache` holds.
+            kwargs: the other arguments of the layers.
+        """
+        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen
+        self._refuse_unsupported(attention_mask, position_ids, cache, num_seen, len(columns), kwargs or {})
+        position_ids = columns[None] if position_ids is None else position_ids
+        rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
+        call = Call(attention_mask, position_ids, columns, rotary, cache)
+        return call, *self.plan_streams(inputs_embeds, is_vision, call)
 
     def plan_streams(
         self, hidden_states: torch.Tensor, is_vision: torch.BoolTensor | None, call: Call
