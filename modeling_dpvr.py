@@ -278,8 +278,9 @@ def route(
     joint = joint_arguments(decoder, hidden_states, call, **kwargs)
     cached = {"past_key_values": call.cache, **kwargs}
     hidden_states = run_layers(joint_layers, hidden_states, joint)
-    hidden_states = run_stream(side_branch, hidden_states, vision, **cached)
+    # Text first: with a frozen backbone, the graph begins at the side branch
     hidden_states = run_stream(text_only_layers, hidden_states, text, **cached)
+    hidden_states = run_stream(side_branch, hidden_states, vision, **cached)
     hidden_states = run_layers(fusion_layers, hidden_states, joint)
     return BaseModelOutputWithPast(decoder.norm(hidden_states), call.cache)
 
