@@ -3,6 +3,7 @@
 """Configuration of DPVR-LF: LLaVA's fields and three numbers that say where vision tokens leave and come back."""
 
 from transformers import LlavaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 _MODEL = "modeling_dpvr.DPVRForConditionalGeneration"
 # What each auto class loads from a checkpoint's folder, as its config.json says
@@ -13,6 +14,10 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": _MODEL,
     "AutoModelForMultimodalLM": _MODEL,
 }
+
+# `transformers serve` looks here for the kind of a model, and finds no remote code otherwise. Nothing but the name of
+# this model type is added.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["dpvr"] = "DPVRForConditionalGeneration"
 
 
 class DPVRConfig(LlavaConfig):

@@ -416,22 +416,17 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         """Arguments and errors as in [`DPVRForConditionalGeneration.forward`]; `last_hidden_state` is `(B, T, D)`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            if image_outputs is not None:
-                raise ValueError(
-                    "Pass pixel_values or mm_encoder_outputs['image'], not both: they are the same images."
-                )
-            image_outputs = self.get_image_features(
+        image_features = None
+        if pixel_values is not None or mm_encoder_outputs:
+            image_features = self.encode_images(
                 pixel_values,
+                mm_encoder_outputs,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
-                return_dict=True,
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_features = None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
 
         is_continued = past_key_values is not None and self.has_filled(past_key_values)
         is_vision = self.find_vision_tokens(
@@ -449,6 +444,27 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         outputs = self.decode(inputs_embeds, is_vision, attention_mask, position_ids, past_key_values, **kwargs)
         outputs = LlavaModelOutputWithPast(**outputs, image_hidden_states=image_features)
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    @torch.compiler.disable
+    def encode_images(
+        self, pixel_values: torch.Tensor | None, mm_encoder_outputs: dict | None, **kwargs
+    ) -> torch.Tensor | None:
+        """Features of all images, `(number of vision tokens, D)`, or None if there are none.
+
+        Not compiled: LLaVA lists them by image, so each number of images would be compiled by itself. To compile the
+        vision tower, compile `model.vision_tower`.
+
+        Raises:
+            ValueError: the images come twice, as pixels and as features.
+        """
+        outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if outputs is not None:
+                raise ValueError(
+                    "Pass pixel_values or mm_encoder_outputs['image'], not both: they are the same images."
+                )
+            outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+        return None if outputs is None else torch.cat(list(outputs.pooler_output))
 
     def find_vision_tokens(
         self,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, RepoUrl
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import batch_logits
 from safetensors.torch import save_file
@@ -168,6 +168,57 @@ def test_flex_attention_gives_the_logits_of_sdpa(model):
     flex.set_attn_implementation({"text_config": "flex_attention", "vision_config": "sdpa"})
     for actual, reference in zip(real_logits(flex(**batch).logits, batch), real_logits(expected, batch), strict=True):
         assert_close(actual, reference)
+
+
+def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, softmax_scale=None):
+    """What `flash_attn_varlen_func` computes: sequences one after the other, `(tokens, heads, head_dim)`."""
+    outputs = []
+    for i in range(len(cu_seqlens_q) - 1):
+        query = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]].transpose(0, 1)
+        key, value = (x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].transpose(0, 1) for x in (k, v))
+        shape = query.shape[1], key.shape[1]
+        mask = torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0]) if causal else None
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=softmax_scale, enable_gqa=True
+            ).transpose(0, 1)
+        )
+    return torch.cat(outputs)
+
+
+def flash_dense(q, k, v, causal=False, softmax_scale=None):
+    """What `flash_attn_func` computes: `(B, T, heads, head_dim)`, no padding."""
+    return torch.stack(
+        [
+            flash_varlen(*row, *[[0, row[0].shape[0]], [0, row[1].shape[0]]], 0, 0, causal, softmax_scale)
+            for row in zip(q, k, v, strict=True)
+        ]
+    )
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=rows_of_a_batch, side=sides, seed=st.integers(0, 9))
+def test_flash_attention_is_called_so_that_it_gives_the_logits_of_sdpa(monkeypatch, model, rows, side, seed):
+    """Through transformers' flash interface, with slow kernels of the same meaning: unpadding, cached steps, and
+    position gaps in a single row, which it would take for packed sequences."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    kernels = (flash_dense, flash_varlen, None, flash._pad_input, flash._unpad_input)
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: kernels)
+    flashing = copy.deepcopy(model)
+    flashing.model.language_model.config._attn_implementation = "flash_attention_2"
+    flashing.config.text_config._attn_implementation = "flash_attention_2"
+    batch = make_batch(rows, side, seed)
+    expected, outputs = model(**batch), flashing(**batch)
+    for actual, reference in zip(real_logits(outputs.logits, batch), real_logits(expected.logits, batch), strict=True):
+        assert_close(actual, reference)
+    step = {
+        "input_ids": torch.full((len(rows), 1), FIRST_TEXT),
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1),
+    }
+    actual = flashing(**step, past_key_values=outputs.past_key_values).logits
+    assert_close(actual, model(**step, past_key_values=expected.past_key_values).logits)
 
 
 @settings(max_examples=60)
@@ -657,6 +708,19 @@ def test_generation_from_embeddings_gives_the_tokens_of_the_plain_loop(generator
     assert torch.equal(generate(generator, with_ids), expected)
 
 
+def test_streamed_tokens_and_stop_strings_are_as_in_transformers(generator):
+    batch = make_batch(["ttItt"])
+    expected = plain_loop(generator, batch)[0].tolist()
+    streamed = []
+    streamer = SimpleNamespace(put=lambda ids: streamed.extend(ids.flatten().tolist()), end=lambda: None)
+    generate(generator, batch, streamer=streamer)
+    assert streamed == expected
+    length = batch["input_ids"].shape[1]
+    stop = expected[length + 2]
+    stopped = generate(generator, batch, stopping_criteria=[lambda ids, scores: ids[:, -1] == stop])[0].tolist()
+    assert stopped == expected[: expected.index(stop, length) + 1]
+
+
 def test_a_generated_image_token_is_text(generator):
     """Sampling may emit the image token's id; it has no image behind it."""
     model = copy.deepcopy(generator)
@@ -736,6 +800,57 @@ def test_the_decode_step_compiles_into_one_graph(generator):
     assert len(graphs) == 1
     expected = plain_loop(generator, batch, 4)[:, -4:]
     assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+def test_a_compiled_prefill_is_not_compiled_again_for_each_number_of_images(generator):
+    num_graphs = 0
+
+    def backend(graph, _):
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph.forward
+
+    prefill = torch.compile(generator.forward, backend=backend, dynamic=True)
+    seen = []
+    for row in ("ttI", "tItI", "tIttIIt", "tItIttItI", "ItIttttItItItt"):
+        batch = make_batch([row])
+        assert_close(prefill(**batch).logits, generator(**batch).logits)
+        seen.append(num_graphs)
+    assert seen[1:] == [seen[1]] * 4  # 1 is a size of its own to torch
+
+
+class DecodeStep(torch.nn.Module):
+    """A step that keeps its static cache in buffers, as transformers' own exportable modules do."""
+
+    def __init__(self, model, cache):
+        super().__init__()
+        self.model, self.cache = model, cache
+        for i, layer in enumerate(cache.layers):
+            for name in ("keys", "values", "cumulative_length"):
+                self.register_buffer(f"{name}_{i}", getattr(layer, name))
+
+    def forward(self, input_ids, attention_mask, position_ids):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return self.model(**inputs, past_key_values=self.cache).logits
+
+
+def test_the_decode_step_exports_and_the_program_gives_the_tokens_of_the_plain_loop(generator):
+    batch = make_batch(["ttItt", "tt"])
+    length = batch["input_ids"].shape[1]
+    cache = StaticCache(config=generator.config, max_cache_len=24)
+    token = generator(**batch, position_ids=positions(batch), past_key_values=cache).logits[:, -1:].argmax(-1)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 24 - length))
+    position = positions(batch)[:, -1:]
+    program, tokens = None, [token]
+    for i in range(4):
+        position = position + 1
+        mask[:, length + i] = 1
+        if program is None:  # with the cache as the prefill left it
+            step = DecodeStep(generator, copy.deepcopy(cache))
+            program = torch.export.export(step, (token, mask, position), strict=False).module()
+        token = program(token, mask, position)[:, -1:].argmax(-1)
+        tokens.append(token)
+    assert torch.equal(torch.cat(tokens, 1), plain_loop(generator, batch, 5)[:, -5:])
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""The server of transformers, with a converted folder behind it, as its HTTP clients see it."""
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import ROOT
+
+from convert_llava_to_dpvr import convert
+
+sys.path.insert(0, str(ROOT / "examples"))
+pytest.importorskip("fastapi", reason="pip install transformers[serving]")
+pytest.importorskip("openai", reason="pip install transformers[serving]")
+
+PLAIN = [
+    "-c",
+    "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()",
+    "serve",
+]
+OURS = [str(ROOT / "scripts" / "serve.py")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("serving")
+    convert(ROOT / "examples" / "tiny-llava", path / "dpvr", adapter=ROOT / "examples" / "dpvr-tiny-adapter")
+    return path
+
+
+@pytest.fixture(scope="module", params=[PLAIN, OURS], ids=["transformers serve", "scripts/serve.py"])
+def server(request, folder):
+    """Address of a server in a process of its own, on loopback, and whether it is ours."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, *request.param, str(folder / "dpvr"), "--trust-remote-code", "--host", "127.0.0.1"]
+    log = folder / f"server-{port}.txt"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), "--device", "cpu"], env=environment, stdout=output, stderr=output
+        )
+        try:
+            for _ in range(600):
+                assert process.poll() is None, log.read_text()[-3000:]
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1/chat/completions", request.param is OURS
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def ask(server, image: str, text: str, **options):
+    """Status and body of a request with one image, given as a URL."""
+    url, _ = server
+    content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": image}}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0.0, **options}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A picture and what is in its row 2, column 3."""
+    import digits
+    import numpy as np
+
+    grid = digits.make_grid(np.random.default_rng(0), "train")
+    file = io.BytesIO()
+    grid.image.save(file, "PNG")
+    return file.getvalue(), digits.WORDS[grid.digits[1, 2]]
+
+
+QUESTION = "What is in row 2, column 3?"
+
+
+def test_a_request_with_an_image_is_answered(server, picture):
+    status, body = ask(server, data_url(picture[0]), QUESTION)
+    assert status == 200, body
+    assert json.loads(body)["choices"][0]["message"]["content"].strip() == picture[1]
+
+
+def test_an_answer_is_streamed(server, picture):
+    status, body = ask(server, data_url(picture[0]), QUESTION, stream=True)
+    assert status == 200, body
+    chunks = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+    assert text.strip() == picture[1]
+
+
+@pytest.mark.parametrize("broken", ["truncated", "not an image", "not base64"])
+def test_a_broken_image_gets_a_client_error_and_the_next_request_is_answered(server, picture, broken):
+    image = {
+        "truncated": data_url(picture[0][: len(picture[0]) // 2]),
+        "not an image": data_url(b"not an image"),
+        "not base64": "data:image/png;base64,%%%",
+    }[broken]
+    status, body = ask(server, image, QUESTION)
+    if server[1]:
+        assert 400 <= status < 500, (status, body)
+        assert "message" in json.loads(body)["error"]
+    else:
+        assert status >= 400  # transformers' own: 500, as with any model
+    assert ask(server, data_url(picture[0]), QUESTION)[0] == 200
