@@ -847,7 +847,7 @@ def test_the_decode_step_exports_and_the_program_gives_the_tokens_of_the_plain_l
         mask[:, length + i] = 1
         if program is None:  # with the cache as the prefill left it
             step = DecodeStep(generator, copy.deepcopy(cache))
-            program = torch.export.export(step, (token, mask, position), strict=False).module()
+            program = torch.export.export(step, (token, mask, position), strict=True).module()
         token = program(token, mask, position)[:, -1:].argmax(-1)
         tokens.append(token)
     assert torch.equal(torch.cat(tokens, 1), plain_loop(generator, batch, 5)[:, -5:])
