@@ -5,8 +5,8 @@
 
 The metrics, their formulas and sources: `scripts/saturation_metrics.py`; the rule: `scripts/saturation_rule.py`. What
 is measured goes to OUTPUT/samples.jsonl, a line for each sample; the same command goes on where it was interrupted,
-and one with more samples adds to them. At the end come OUTPUT/saturation.json (means, intervals, recommendation, cost),
-plots and OUTPUT/report.html.
+and one with more samples adds to them. At the end come OUTPUT/saturation.json (means, intervals, recommendation,
+cost), plots and OUTPUT/report.html.
 """
 
 import argparse
@@ -155,8 +155,9 @@ def load_model(args: argparse.Namespace):
         processor = AutoProcessor.from_pretrained(args.model, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        hint = " Read its code, then pass --trust-remote-code." if "trust_remote_code" in reason else ""
-        raise AnalysisError(f"{args.model} cannot be loaded: {reason}{hint}") from error
+        if "trust_remote_code" in reason:
+            reason = "it holds code of its own. Read it, then pass --trust-remote-code."
+        raise AnalysisError(f"{args.model} cannot be loaded: {reason}") from error
     stack = getattr(getattr(model, "model", None), "language_model", None)
     if not hasattr(stack, "layers") or not hasattr(model.config, "image_token_id"):
         raise AnalysisError(f"{args.model} is a {type(model).__name__}, not a LLaVA: it has no model.language_model.")

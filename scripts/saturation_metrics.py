@@ -134,7 +134,7 @@ class AttentionRecorder:
         self.base = self.stack.config._attn_implementation
         if self.base not in ("sdpa", "eager"):
             raise ValueError(f"Attention {self.base!r} cannot be measured; load the model with 'sdpa' or 'eager'.")
-        self.rows: dict[int, dict[str, float]] = {}
+        self.rows: dict[int, dict[str, float | None]] = {}
         self.maps: dict[int, Tensor] = {}
 
     def __enter__(self) -> "AttentionRecorder":
@@ -170,12 +170,13 @@ class AttentionRecorder:
         mass = torch.cat(mass, 1)  # (H, N, 3)
         image = mass[..., IMAGE]
         in_reach = one_hot.cumsum(0)[queries].clamp(min=1)
-        efficiency = (mass / in_reach).mean((0, 1)).tolist()
+        efficiency = (mass / in_reach).mean((0, 1))
+        exists = one_hot.any(0)  # a text-only layer has no image token
         self.rows[layer] = {
             "attention": image.mean().item(),
             "attention_heads_std": image.mean(1).std(correction=0).item(),
             "attention_queries_std": image.mean(0).std(correction=0).item(),
-            **{f"efficiency_{kind}": value for kind, value in zip(KINDS, efficiency, strict=True)},
+            **{f"efficiency_{kind}": efficiency[i].item() if exists[i] else None for i, kind in enumerate(KINDS)},
         }
         vision = last[kinds == IMAGE].cpu()
         self.maps[layer] = vision if len(vision) else torch.zeros(int(prompt.is_vision.sum()))
@@ -238,10 +239,13 @@ def cosine(one: Tensor, other: Tensor) -> float:
     return nn.functional.cosine_similarity(one.float(), other.float(), dim=-1).mean().item()
 
 
-def angle(one: Tensor, other: Tensor) -> float:
-    """Mean angle in radians between rows of two `(N, D)`; by half-angle, which is exact where arccos is not."""
-    one, other = (nn.functional.normalize(x.float(), dim=-1) for x in (one, other))
-    return (2 * torch.atan2((one - other).norm(dim=-1), (one + other).norm(dim=-1))).mean().item()
+def angle(one: Tensor, other: Tensor) -> float | None:
+    """Mean angle in radians between rows of two `(N, D)`, by half-angle, which is exact where arccos is not. Rows of
+    zeros, updates of tokens that did not move, have none; None if that leaves no row."""
+    moved = (one != 0).any(-1) & (other != 0).any(-1)
+    one, other = (nn.functional.normalize(x[moved].float(), dim=-1) for x in (one, other))
+    angles = 2 * torch.atan2((one - other).norm(dim=-1), (one + other).norm(dim=-1))
+    return angles.mean().item() if len(angles) else None
 
 
 def hidden_metrics(states: list[Tensor], prompt: Prompt) -> dict[str, list[float | None]]:

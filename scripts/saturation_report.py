@@ -72,25 +72,27 @@ def curve(summary: dict, name: str) -> np.ndarray | None:
 
 
 def draw_curve(axes, runs: list[dict], name: str, label: str, colour: str, floor: float | None = None) -> None:
-    """A line for each run, the first solid with its 95 % interval, the other dashed with open marks."""
+    """A line for each run, the first solid with its 95 % interval, the other dashed with open marks.
+
+    With a `floor`, smaller values are drawn there and the line skips layers that were not measured; else it breaks.
+    """
     for index, summary in enumerate(runs):
         values = curve(summary, name)
         if values is None:
             continue
-        shown = values if floor is None else values.clip(min=floor)
-        layers, is_measured = np.arange(len(values)), ~np.isnan(values)
-        look = {"ls": "--", "mfc": "none"} if index else {"ls": "-"}
-        text = f"{label}, {summary['label']}" if len(runs) > 1 else label
-        axes.plot(layers[is_measured], shown[is_measured], marker="o", color=colour, label=text, **look)
+        layers = np.arange(len(values))
+        chosen = layers if floor is None else layers[~np.isnan(values)]
+        shown = values.clip(min=floor)
+        look = {"ls": "--", "mfc": "none"} if index else {"ls": "-", "label": label}
+        axes.plot(chosen, shown[chosen], marker="o", color=colour, **look)
         statistics = summary["curves"][name]
-        if index == 0 and statistics["low_95"] and is_measured.sum() > 1:
-            low, high = (np.array(statistics[end], dtype=float) for end in ("low_95", "high_95"))
-            low, high = (x if floor is None else x.clip(min=floor) for x in (low, high))
-            axes.fill_between(layers[is_measured], low[is_measured], high[is_measured], color=colour, alpha=0.2, lw=0)
+        if index == 0 and statistics["low_95"]:
+            low, high = (np.array(statistics[end], dtype=float).clip(min=floor) for end in ("low_95", "high_95"))
+            axes.fill_between(chosen, low[chosen], high[chosen], color=colour, alpha=0.2, lw=0)
 
 
 def mark_layers(axes, runs: list[dict]) -> None:
-    """The recommended saturation layer; in a DPVR, the layers that hold no vision token."""
+    """The recommended saturation layer, in a DPVR the layers that hold no vision token, and whose the lines are."""
     settings, layer = runs[0]["settings"], runs[0]["recommendation"]["saturation_layer"]
     axes.set_xlabel("decoder layer")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -99,6 +101,9 @@ def mark_layers(axes, runs: list[dict]) -> None:
         axes.axvspan(first, end, color=FAINT, alpha=0.15, lw=0, label="its text-only layers")
     if layer is not None:
         axes.axvline(layer, color=INK, ls=":", lw=1.5, label=f"recommended: S = {layer}")
+    if len(runs) > 1:
+        axes.plot([], [], color=INK, ls="-", label=runs[0]["label"])
+        axes.plot([], [], color=INK, ls="--", marker="o", mfc="none", label=runs[1]["label"])
 
 
 def draw_attention(axes, runs: list[dict]) -> None:
@@ -150,9 +155,8 @@ def draw_cost(axes, runs: list[dict]) -> None:
         layers = [entry["saturation_layer"] for entry in summary["cost"]]
         for name, label, key in (("flops_ratio", "FLOPs", "vision"), ("cache_ratio", "KV cache", "text")):
             shares = [100 * entry[name] for entry in summary["cost"]]
-            text = f"{label}, {summary['label']}" if len(runs) > 1 else label
-            look = {"ls": "--", "mfc": "none"} if index else {"ls": "-"}
-            axes.plot(layers, shares, marker="o", color=SERIES[key], label=text, **look)
+            look = {"ls": "--", "mfc": "none"} if index else {"ls": "-", "label": label}
+            axes.plot(layers, shares, marker="o", color=SERIES[key], **look)
     axes.axhline(100, color=FAINT, ls="-.", lw=1.2, label="dense LLaVA")
     axes.set_ylabel("share of the dense model (%)")
     axes.set_ylim(bottom=0)
@@ -180,12 +184,12 @@ PLOTS: dict[str, tuple[str, str | None, Callable]] = {
 
 def make_plot(name: str, runs: list[dict]):
     """One plot as a figure of its own."""
-    figure, axes = plt.subplots(figsize=(5.2, 4.1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(4.7, 4.0), layout="constrained")
     PLOTS[name][2](axes, runs)
     mark_layers(axes, runs)
     if name == "cost":
         axes.set_xlabel("saturation layer")
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9.5, columnspacing=1.2, handlelength=1.7)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=10, columnspacing=1, handlelength=1.6)
     return figure
 
 
@@ -205,13 +209,13 @@ def draw_overview(path: Path, runs: list[dict]) -> None:
     """The plots that the recommendation rests on, side by side, as one picture."""
     names = [name for name in ("attention", "kl", "cosine_last", "cost") if name in available_plots(runs)]
     with plt.rc_context(STYLE):
-        figure, all_axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+        figure, all_axes = plt.subplots(2, 2, figsize=(11, 8.6), layout="constrained")
         for axes, name in zip(all_axes.flat, names, strict=False):
             PLOTS[name][2](axes, runs)
             mark_layers(axes, runs)
             axes.set_title(PLOTS[name][0], loc="left", fontweight="bold")
-            axes.legend(fontsize=8.5)
-        all_axes.flat[-1].set_xlabel("saturation layer")
+            axes.legend(fontsize=9, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.14))
+        all_axes.flat[len(names) - 1].set_xlabel("saturation layer")
         for axes in all_axes.flat[len(names) :]:
             axes.axis("off")
         figure.savefig(path, dpi=100)
@@ -231,8 +235,8 @@ def find_attention(summary: dict) -> str:
     top = int(values.argmax())
     return (
         f"Text pays {values[0]:.2f} of its attention to the image in layer 0, the most, {values[top]:.2f}, in layer "
-        f"{top}, and {span(values[fusion // 2 : fusion])} in layers {fusion // 2} to {fusion - 1}; attention that does "
-        f"not look would pay {summary['uniform_attention']:.2f}."
+        f"{top}, and {span(values[fusion // 2 : fusion])} in layers {fusion // 2} to {fusion - 1}; attention that "
+        f"does not look would pay {summary['uniform_attention']:.2f}."
     )
 
 
@@ -283,7 +287,7 @@ def find_pair(name: str, what: str) -> Callable:
 def find_efficiency(summary: dict) -> str:
     image, system = curve(summary, "efficiency_image"), curve(summary, "efficiency_system")
     middle = len(image) // 2
-    ratios = [np.mean(image[part]) / np.mean(system[part]) for part in (slice(middle), slice(middle, None))]
+    ratios = [np.nanmean(image[part]) / np.nanmean(system[part]) for part in (slice(middle), slice(middle, None))]
     return (
         f"An image token receives {ratios[0]:.2g} times the attention of a system token in the first {middle} layers, "
         f"{ratios[1]:.2g} times in the rest."
@@ -345,14 +349,15 @@ def png_uri(image: Image.Image) -> str:
 def draw_maps(path: Path, maps: list, layers: list[int]) -> None:
     """All maps as one picture, a row for each sample."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        size = (1.6 * len(layers), 1.95 * len(maps))
+        size = (1.6 * len(layers), 2.1 * len(maps))
         figure, rows = plt.subplots(len(maps), len(layers), figsize=size, layout="constrained", squeeze=False)
         for row, (question, attention, picture) in zip(rows, maps, strict=True):
             for axes, layer in zip(row, layers, strict=True):
                 axes.imshow(overlay(picture, attention[layer]))
                 axes.set_axis_off()
                 axes.set_title(f"layer {layer}: {attention[layer].sum():.2f}", fontsize=9)
-            row[0].text(0, -0.04, question, transform=row[0].transAxes, fontsize=9, va="top")
+            text = row[0].text(0, -0.04, question, transform=row[0].transAxes, fontsize=9, va="top")
+            text.set_in_layout(False)  # it may be wider than its picture
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
@@ -387,7 +392,7 @@ pre {{ white-space: pre-wrap; }}
 .plots {{ display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }}
 .plots > .card:only-child {{ max-width: 620px; }}
 section {{ margin-top: 16px; }}
-svg {{ width: 100%; height: auto; display: block; }}
+svg {{ width: 100%; max-width: 520px; height: auto; display: block; margin: 0 auto; }}
 svg text {{ font-family: system-ui, sans-serif !important; }}
 .maps {{ display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(124px, 1fr)); margin: 8px 0 20px; }}
 figure {{ margin: 0; }}
@@ -434,8 +439,8 @@ def map_section(maps: list, layers: list[int]) -> str:
     if not maps:
         return ""
     parts = [
-        '<section class="card"><h2>Where the answer looks</h2><p>Attention of the prompt\'s last token, from which the '
-        "answer begins, mean over heads. Each map is scaled to its own largest value; the number is the share of "
+        '<section class="card"><h2>Where the answer looks</h2><p>Attention of the prompt\'s last token, from which '
+        "the answer begins, mean over heads. Each map is scaled to its own largest value; the number is the share of "
         "attention that the whole image receives.</p>"
     ]
     for question, attention, picture in maps:
@@ -488,6 +493,8 @@ def verdict(summary: dict) -> str:
         )
     elif layer is not None:
         text += " One sample gives no interval."
+    if layer is not None:
+        text += f" {find_cost(summary)}"
     return f'<div class="card verdict"><strong>{title}</strong><p>{text}</p></div>'
 
 

@@ -12,7 +12,7 @@ S may be any layer from 1 to F, the first fusion layer, where text meets vision 
    place: DPVR brings vision back there.
 2. By attention: the first layer of the plateau, on which the mean text-to-image attention of every layer up to F - 1
    is at most half of the largest of all layers, and they differ by at most 5 % of that. If there is none, attention
-   has no say. Both numbers are ours.
+   has no say, nor has that of a DPVR, whose text-only layers hold no vision. Both numbers are ours.
 3. The later of the two. Its 95 % interval is that of the same rule on 1,000 bootstrap resamples of the samples.
 
 KL decides: text may attend to an image whose content it already holds, and the reverse. The plateau can only make the
@@ -93,7 +93,7 @@ def explain(choice: Choice, means: dict[str, np.ndarray], fusion: int, num_layer
     if choice.layer == fusion:
         kl += ", which leaves no layer to skip"
     if "attention" not in means:
-        attention = "attention was not measured"
+        attention = "attention, not measured or that of a DPVR, has no say"
     elif choice.by_attention is None:
         attention = "text-to-image attention does not fall to a plateau, so it has no say"
     else:
@@ -112,8 +112,19 @@ def rounded(values: np.ndarray) -> list[float | None]:
     return [None if math.isnan(x) else float(f"{x:.4g}") for x in values]
 
 
-def recommend(curves: dict[str, np.ndarray], fusion: int, threshold: float, seed: int = 0) -> dict:
-    """The recommended layer with its reason and its 95 % bootstrap interval, as saturation.json states it."""
+def recommend(
+    curves: dict[str, np.ndarray], fusion: int, threshold: float, is_routed: bool = False, seed: int = 0
+) -> dict:
+    """The recommended layer with its reason and its 95 % bootstrap interval, as saturation.json states it.
+
+    Args:
+        curves: values by name, `(samples, L)`.
+        fusion: F.
+        threshold: of the KL, in nats.
+        is_routed: whether the model is a DPVR.
+        seed: of the resamples.
+    """
+    curves = {name: values for name, values in curves.items() if not (is_routed and name == "attention")}
     num_samples, num_layers = next(iter(curves.values())).shape
     means = {name: values.mean(0) for name, values in curves.items()}
     choice = choose_layer(means, fusion, threshold)
@@ -169,9 +180,9 @@ def cost_table(settings: dict, vision_tokens: int, text_tokens: int) -> list[dic
             {
                 "saturation_layer": layer,
                 "flops": flops[0],
-                "flops_ratio": round(flops[0] / flops[1], 4),
+                "flops_ratio": round(flops[0] / flops[1], 6),
                 "cache_bytes": stored[0],
-                "cache_ratio": round(stored[0] / stored[1], 4),
+                "cache_ratio": round(stored[0] / stored[1], 6),
             }
         )
     return table
@@ -200,7 +211,9 @@ def summarize(settings: dict, rows: list[dict], threshold: float, command: str) 
         "vision_tokens": vision,
         "text_tokens": text,
         "uniform_attention": round(float(np.mean([row["uniform_attention"] for row in rows])), 4),
-        "recommendation": recommend(curves, settings["first_fusion_layer"], threshold),
+        "recommendation": recommend(
+            curves, settings["first_fusion_layer"], threshold, settings["saturation_layer"] is not None
+        ),
         "curves": statistics,
         "cost": cost_table(settings, vision, text),
     }
