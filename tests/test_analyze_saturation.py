@@ -29,7 +29,8 @@ import saturation_metrics as metrics
 import saturation_report as report
 import saturation_rule as rule
 
-from convert_llava_to_dpvr import convert
+from convert_llava_to_dpvr import ConversionError, convert
+from convert_llava_to_dpvr import main as convert_main
 
 FUSION = NUM_LAYERS - 1
 BACKBONES = {"llama": text_config, "mistral": MistralConfig, "qwen2": Qwen2Config}
@@ -722,3 +723,48 @@ def test_the_picture_under_the_map_is_what_the_vision_tower_sees():
     sample = analysis.choose_samples(args)[0]
     picture = analysis.picture_of(analysis.make_prompt(model, processor, sample, False), processor)
     assert np.abs(picture.astype(int) - np.asarray(sample.images[0]).astype(int)).max() <= 1
+
+
+# -------------------------------------------------------------------------------------------------------- converter
+
+
+def test_the_converter_takes_the_recommended_layer_and_its_reason(digits_run, tmp_path, capsys):
+    recommended = report.read_summary(digits_run)["recommendation"]
+    tiny = str(ROOT / "examples" / "tiny-llava")
+    options = ["--saturation-layer", "auto", "--analysis", str(digits_run)]
+    assert convert_main([tiny, str(tmp_path / "dpvr"), *options]) == 0
+    assert recommended["reason"] in capsys.readouterr().out
+    config = json.loads((tmp_path / "dpvr" / "config.json").read_text())
+    assert config["saturation_layer"] == recommended["saturation_layer"]
+
+
+def write_analysis(folder, num_layers=8, layer=3, reason="because"):
+    results = {
+        "settings": {"num_hidden_layers": num_layers},
+        "recommendation": {"saturation_layer": layer, "reason": reason},
+    }
+    (folder / "saturation.json").write_text(json.dumps(results))
+
+
+def test_the_converter_refuses_an_analysis_that_it_cannot_follow(tmp_path):
+    tiny, output = ROOT / "examples" / "tiny-llava", tmp_path / "dpvr"
+
+    def refusal(layer="auto", analysis=tmp_path, **options):
+        with pytest.raises(ConversionError) as error:
+            convert(tiny, output, saturation_layer=layer, analysis=analysis, dry_run=True, **options)
+        return str(error.value)
+
+    assert "go together" in refusal(analysis=None)
+    assert "go together" in refusal(layer=3)
+    assert "has no saturation.json" in refusal()
+    (tmp_path / "saturation.json").write_text("{}")
+    assert "it has no 'settings'" in refusal()
+    write_analysis(tmp_path, num_layers=32)
+    assert "a decoder of 32 layers, but the source has 8" in refusal()
+    write_analysis(tmp_path, layer=None)
+    assert "recommends no layer: because" in refusal()
+    write_analysis(tmp_path, layer=3)
+    adapter = ROOT / "examples" / "dpvr-tiny-adapter"
+    assert "trained with saturation layer 4, but 3 was asked for" in refusal(adapter=adapter)
+    summary = convert(tiny, output, saturation_layer="auto", analysis=tmp_path, dry_run=True)
+    assert (summary.saturation_layer, "because" in summary.saturation_reason) == (3, True)
