@@ -80,8 +80,9 @@ def choose_layer(means: dict[str, np.ndarray], fusion: int, threshold: float) ->
     return None
 
 
-def explain(choice: Choice, means: dict[str, np.ndarray], fusion: int, num_layers: int, threshold: float) -> str:
+def explain(choice: Choice, means: dict[str, np.ndarray], fusion: int, threshold: float, is_routed: bool) -> str:
     """Why the layer was chosen, in one sentence."""
+    num_layers = len(means[choice.criterion])
     act = {"withdrawal": "removing vision", "routing": "routing vision past the text-only layers"}[choice.criterion]
     worst = np.nanmax(means[choice.criterion][choice.by_kl : fusion + 1])
     kl = (
@@ -92,8 +93,10 @@ def explain(choice: Choice, means: dict[str, np.ndarray], fusion: int, num_layer
         kl += ", though the fusion layer still reads vision"
     if choice.layer == fusion:
         kl += ", which leaves no layer to skip"
-    if "attention" not in means:
-        attention = "attention, not measured or that of a DPVR, has no say"
+    if is_routed:
+        attention = "attention has no say, as a DPVR's text-only layers hold no vision"
+    elif "attention" not in means:
+        attention = "attention was not measured"
     elif choice.by_attention is None:
         attention = "text-to-image attention does not fall to a plateau, so it has no say"
     else:
@@ -125,7 +128,7 @@ def recommend(
         seed: of the resamples.
     """
     curves = {name: values for name, values in curves.items() if not (is_routed and name == "attention")}
-    num_samples, num_layers = next(iter(curves.values())).shape
+    num_samples = len(next(iter(curves.values())))
     means = {name: values.mean(0) for name, values in curves.items()}
     choice = choose_layer(means, fusion, threshold)
     if choice is None:
@@ -140,7 +143,7 @@ def recommend(
     low, high = np.percentile(layers, [2.5, 97.5], method="nearest").tolist() if layers else (None, None)
     return {
         "saturation_layer": choice.layer,
-        "reason": explain(choice, means, fusion, num_layers, threshold),
+        "reason": explain(choice, means, fusion, threshold, is_routed),
         "interval_95": [low, high] if layers else None,
         "share_of_resamples": float(np.mean([layer == choice.layer for layer in layers])) if layers else None,
         "by_kl": choice.by_kl,
