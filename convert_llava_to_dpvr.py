@@ -819,15 +819,45 @@ def model_card(checkpoint: Checkpoint, summary: ConversionSummary) -> str:
 # ---------------------------------------------------------------------------------------------- conversion
 
 
+def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
+    """The saturation layer that `scripts/analyze_saturation.py` recommends in its folder of results, and why.
+
+    Raises:
+        ConversionError: there are no results, they recommend none, or are those of a decoder of another depth.
+    """
+    path = Path(folder) / "saturation.json"
+    results = read_json(path)
+    try:
+        analyzed, layer = results["settings"]["num_hidden_layers"], results["recommendation"]["saturation_layer"]
+        reason = results["recommendation"]["reason"]
+    except (KeyError, TypeError) as error:
+        raise ConversionError(f"{path} is not a result of analyze_saturation.py: it has no {error}.") from error
+    if analyzed != num_layers:
+        raise ConversionError(f"{path} is about a decoder of {analyzed} layers, but the source has {num_layers}.")
+    if layer is None:
+        raise ConversionError(f"{path} recommends no layer: {reason}")
+    return layer, f"by the analysis in {folder}: {reason}"
+
+
 def choose_saturation_layer(
-    given: int | None, num_layers: int, num_fusion_layers: int, adapter: Path | None
+    given: int | str | None,
+    num_layers: int,
+    num_fusion_layers: int,
+    adapter: Path | None,
+    analysis: str | Path | None = None,
 ) -> tuple[int, str]:
-    """The saturation layer and why: the one given, else the adapter's, else the paper's proportion, 18 of 32."""
+    """The saturation layer and why: the one given, for `"auto"` that of the analysis, else the adapter's, else the
+    paper's proportion, 18 of 32."""
+    if (given == "auto") != (analysis is not None):
+        raise ConversionError(
+            "--saturation-layer auto and --analysis DIR, with DIR of analyze_saturation.py, go together."
+        )
+    given, why = analyzed_layer(analysis, num_layers) if given == "auto" else (given, "as asked for")
     stated = adapter_saturation_layer(adapter) if adapter else None
     if given is not None and stated not in (None, given):
         raise ConversionError(f"{adapter} was trained with saturation layer {stated}, but {given} was asked for.")
     if given is not None:
-        return given, "as asked for"
+        return given, why
     if stated is not None:
         return stated, "the adapter was trained there"
     layer = max(1, min(18 * num_layers // 32, num_layers - num_fusion_layers))
@@ -854,7 +884,8 @@ def convert(
     source: str | Path,
     output: str | Path,
     *,
-    saturation_layer: int | None = None,
+    saturation_layer: int | str | None = None,
+    analysis: str | Path | None = None,
     num_side_layers: int = 1,
     num_fusion_layers: int = 1,
     side_branch_init: str = "identity",
@@ -873,6 +904,8 @@ def convert(
         source: Hub id or folder.
         output: Folder to make; it must not exist or be empty.
         saturation_layer: S; default the adapter's, else the paper's proportion, `18 * num_hidden_layers // 32`.
+            `"auto"` takes what `analysis` recommends.
+        analysis: Folder of results of `scripts/analyze_saturation.py`, for `saturation_layer="auto"`.
         num_side_layers: Decoder layers of the side branch.
         num_fusion_layers: Last decoder layers, which see both streams again.
         side_branch_init: `"identity"` (layer S with output projections of zero), `"copy"` (layers S, S + 1, ...) or
@@ -894,7 +927,7 @@ def convert(
     check_output(output, checkpoint.folder)
     trained = adapter_file(str(adapter)) if adapter else None
     num_layers = checkpoint.config.text_config.num_hidden_layers
-    layer, reason = choose_saturation_layer(saturation_layer, num_layers, num_fusion_layers, trained)
+    layer, reason = choose_saturation_layer(saturation_layer, num_layers, num_fusion_layers, trained, analysis)
     routing = {
         "saturation_layer": layer,
         "num_side_layers": num_side_layers,
@@ -932,8 +965,13 @@ examples:
   python convert_llava_to_dpvr.py llava-hf/llava-1.5-7b-hf dpvr-7b           from the Hub, an untrained side branch
   python convert_llava_to_dpvr.py liuhaotian/llava-v1.5-7b dpvr-7b           from the original layout
   python convert_llava_to_dpvr.py ./llava dpvr --adapter ./side-branch       with a trained side branch
+  python convert_llava_to_dpvr.py ./llava dpvr --saturation-layer auto --analysis saturation
   python convert_llava_to_dpvr.py ./llava dpvr --dry-run                     only check and count
 """
+
+
+def layer_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -944,7 +982,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", nargs="?", help="Hub id or folder (default: examples/tiny-llava)")
     parser.add_argument("output", nargs="?", type=Path, help="folder to make (default: dpvr-tiny, without a source)")
-    parser.add_argument("--saturation-layer", type=int, metavar="N", help="default: the paper's proportion, 18 of 32")
+    parser.add_argument(
+        "--saturation-layer",
+        type=layer_or_auto,
+        metavar="N",
+        help="a layer, or auto for that of --analysis (default: the paper's proportion, 18 of 32)",
+    )
+    parser.add_argument("--analysis", metavar="DIR", help="results of analyze_saturation.py, for auto")
     parser.add_argument("--num-side-layers", type=int, default=1, metavar="N")
     parser.add_argument("--num-fusion-layers", type=int, default=1, metavar="N")
     parser.add_argument("--side-branch-init", choices=("identity", "copy", "random"), default="identity")

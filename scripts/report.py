@@ -76,16 +76,52 @@ def cost_table() -> str:
     return markdown(["576 image + 64 text tokens", "decoder, prefill", "ratio", "KV cache, 16 bit", "ratio"], rows)
 
 
-def attention_table() -> str:
-    record = read("figures", "attention.json")
-    masses = record["text_to_image_attention"]
+def saturation_table() -> str:
+    """Attention and KL by layer of the embedded model, and what its trained side branch makes of the KL."""
+    record, routed = read("figures", "saturation.json"), read("figures", "saturation-dpvr.json")
+    curves = {name: record["curves"][name]["mean"] for name in ("attention", "withdrawal", "routing")}
+    trained = routed["curves"]["routing_own"]["mean"]
+
+    def cells(values: list[float | None], digits: str) -> list[str]:
+        return ["" if value is None else format(value, digits) for value in values]
+
+    shares = {entry["saturation_layer"]: entry["flops_ratio"] for entry in record["cost"]}
+    layers = range(len(trained))
     return markdown(
-        ["layer", *map(str, range(len(masses))), "attention that does not look"],
-        [["text-to-image attention", *(f"{mass:.2f}" for mass in masses), f"{record['uniform_attention']:.2f}"]],
+        ["layer", *map(str, layers)],
+        [
+            ["text-to-image attention", *cells(curves["attention"], ".2f")],
+            ["KL if vision is removed from here on, nats", *cells(curves["withdrawal"], ".2g")],
+            ["KL if it is routed from here on, untrained", *cells(curves["routing"], ".2g")],
+            ["the same, side branch trained", *cells(trained, ".2g")],
+            ["decoder FLOPs if it is routed from here on", *cells([shares.get(i) for i in layers], ".0%")],
+        ],
     )
 
 
-TABLES = {"accuracy": accuracy_table, "cost": cost_table, "attention": attention_table}
+def transformers_table() -> str:
+    """How transformers' own tests went for LLaVA and DPVR."""
+    record = read("benchmarks", "results", "transformers_tests.json")
+    record.pop("versions")
+    rows = []
+    for title, pair in record.items():
+        counts = [
+            ", ".join(f"{pair[model].get(outcome, 0)} {outcome}" for outcome in ("passed", "skipped", "failed"))
+            for model in ("LLaVA", "DPVR")
+        ]
+        lost = [
+            f"`{test}` ({reason.removeprefix('skipped: ')})" for test, reason in pair["passed by LLaVA alone"].items()
+        ]
+        rows.append([title, *counts, "; ".join(lost)])
+    return markdown(["transformers'", "LLaVA", "DPVR", "passed by LLaVA alone"], rows)
+
+
+TABLES = {
+    "transformers-tests": transformers_table,
+    "accuracy": accuracy_table,
+    "cost": cost_table,
+    "saturation": saturation_table,
+}
 
 
 def fill(text: str) -> str:
@@ -133,26 +169,6 @@ def draw_routing(path: Path) -> None:
     plt.close(figure)
 
 
-def draw_attention(path: Path) -> None:
-    """Text-to-image attention of each layer of the embedded model."""
-    import matplotlib.pyplot as plt
-
-    record = read("figures", "attention.json")
-    masses, spread = record["text_to_image_attention"], record["standard_deviation"]
-    saturation = 18 * len(masses) // 32
-    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    axes.errorbar(range(len(masses)), masses, yerr=spread, marker="o", color=VISION, capsize=3)
-    axes.axhline(record["uniform_attention"], color="#999999", ls="--", lw=1)
-    axes.text(-0.2, record["uniform_attention"], "attention that does not look", va="bottom", color="#666666")
-    axes.axvline(saturation - 0.5, color=INK, ls=":", lw=1)
-    axes.text(saturation - 0.45, 0.05, f" vision leaves (layer {saturation})")
-    axes.set_xlabel("decoder layer of the embedded LLaVA")
-    axes.set_ylabel("text-to-image attention")
-    axes.set_ylim(bottom=0)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -167,13 +183,14 @@ def main() -> int:
         print("README.md is up to date" if text == filled else "README.md differs: run python scripts/report.py")
         return int(text != filled)
     README.write_text(filled)
-    import matplotlib
+    from saturation_report import draw_overview
 
-    matplotlib.use("Agg")
     FIGURES.mkdir(exist_ok=True)
     draw_routing(FIGURES / "routing.png")
-    draw_attention(FIGURES / "attention.png")
-    print(f"{README}\n{FIGURES / 'routing.png'}\n{FIGURES / 'attention.png'}")
+    draw_overview(
+        FIGURES / "saturation.png", [read("figures", "saturation.json"), read("figures", "saturation-dpvr.json")]
+    )
+    print(f"{README}\n{FIGURES / 'routing.png'}\n{FIGURES / 'saturation.png'}")
     return 0
 
 

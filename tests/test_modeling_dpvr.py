@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -47,6 +48,7 @@ backbones = pytest.mark.parametrize("text", BACKBONES, ids=["llama", "mistral", 
 rows_of_a_batch = st.lists(
     st.text(alphabet="ttI", min_size=1, max_size=7).filter(lambda row: row.count("I") < 4), min_size=1, max_size=4
 )
+NUM_BATCHES = int(os.environ.get("DPVR_EXAMPLES", "300"))  # for each attention backend
 sides = st.sampled_from(["left", "right"])
 # Saturation layer, side layers, fusion layers of a decoder of 6 layers
 GEOMETRIES = [(1, 1, 1), (2, 1, 1), (3, 2, 2), (5, 1, 1), (1, 2, 5)]
@@ -127,7 +129,7 @@ def test_identity_branch_without_text_only_layers_gives_llavas_own_logits(text, 
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@settings(max_examples=300)
+@settings(max_examples=NUM_BATCHES)
 @given(rows=rows_of_a_batch, side=sides, geometry=st.sampled_from(GEOMETRIES), seed=st.integers(0, 9))
 def test_any_ragged_batch_gives_the_oracles_logits(models, attention, rows, side, geometry, seed):
     dpvr = models[geometry]
@@ -708,7 +710,7 @@ def test_generation_from_embeddings_gives_the_tokens_of_the_plain_loop(generator
     assert torch.equal(generate(generator, with_ids), expected)
 
 
-def test_streamed_tokens_and_stop_strings_are_as_in_transformers(generator):
+def test_streamed_tokens_and_stopping_criteria_are_as_in_transformers(generator):
     batch = make_batch(["ttItt"])
     expected = plain_loop(generator, batch)[0].tolist()
     streamed = []

@@ -97,7 +97,7 @@ def bitsandbytes(bits, skipped):
     ],
 )
 def test_quantized_weights_follow_the_whole_model(folder, logits, make_config, bits, skip_side_branch):
-    """Each linear layer, in turn with the side branch in and out; off by no more than rounding to so few bits takes."""
+    """With the side branch in and out; off by no more than rounding to so few bits takes."""
     skipped = ["lm_head", *(["model.side_branch"] if skip_side_branch else [])]
     model = DPVRForConditionalGeneration.from_pretrained(
         folder, quantization_config=make_config(bits, skipped), dtype=torch.float32
@@ -151,7 +151,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize("kind", ["tp", "fsdp"])
 def test_two_processes_give_the_logits_of_one(folder, logits, tmp_path, kind):
-    """Tensor parallelism and FSDP2 by the plans that the model declares; the side branch is split as the decoder is."""
+    """Tensor parallelism and FSDP2 by the plans that the model declares; the side branch is split like the decoder."""
     program = tmp_path / "split.py"
     program.write_text(SPLIT.format(root=str(ROOT), rows=ROWS))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -108,6 +108,30 @@ def test_an_answer_is_streamed(server, picture):
     assert text.strip() == picture[1]
 
 
+def test_transformers_chat_talks_to_the_server(server, folder):
+    program = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "chat",
+        str(folder / "dpvr"),
+        server[0].removesuffix("/chat/completions"),
+    ]
+    result = subprocess.run(
+        [*command, "max_new_tokens=4"],
+        input="Read row 2.\n!exit\n",
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server[0].split("/v1")[0]},  # loopback only
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "tok/s" in result.stdout, result.stdout[-2000:]
+
+
 @pytest.mark.parametrize("broken", ["truncated", "not an image", "not base64"])
 def test_a_broken_image_gets_a_client_error_and_the_next_request_is_answered(server, picture, broken):
     image = {

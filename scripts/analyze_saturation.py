@@ -1,0 +1,533 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Find where vision saturates in a LLaVA: measure it layer by layer, recommend a saturation layer, write a report.
+
+The metrics, their formulas and sources: `scripts/saturation_metrics.py`; the rule: `scripts/saturation_rule.py`. What
+is measured goes to OUTPUT/samples.jsonl, a line for each sample; the same command goes on where it was interrupted,
+and one with more samples adds to them. At the end come OUTPUT/saturation.json (means, intervals, recommendation,
+cost), plots and OUTPUT/report.html.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+
+from saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
+from saturation_report import read_summary, write_report
+from saturation_rule import KL_THRESHOLD, AnalysisError, summarize
+
+from processing_dpvr import CHAT_TEMPLATE
+
+PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about images; `images` are paths or PIL images, `answer` may be unknown."""
+
+    id: str
+    images: tuple
+    question: str
+    answer: str | None = None
+
+
+def embedded_samples(per_kind: int, seed: int) -> list[Sample]:
+    """Questions about held-out digits, the task of `examples/tiny-llava`."""
+    import digits as task
+
+    pairs = task.make_questions(seed, per_kind, "test")
+    return [Sample(str(i), (grid.image,), q.text, q.answer) for i, (grid, q) in enumerate(pairs)]
+
+
+def folder_samples(folder: Path, question: str) -> list[Sample]:
+    """Every picture of a folder; NAME.txt beside NAME.jpg holds its question, else it is `question`."""
+    samples = []
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES):
+        text = path.with_suffix(".txt")
+        asked = text.read_text(encoding="utf-8").strip() if text.is_file() else question
+        samples.append(Sample(path.name, (path,), asked))
+    return samples
+
+
+def read_entries(path: Path) -> list:
+    try:
+        text = path.read_text(encoding="utf-8")
+        entries = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
+    except (OSError, ValueError) as error:
+        raise AnalysisError(f"{path} cannot be read: {error}") from error
+    if not isinstance(entries, list):
+        raise AnalysisError(f"{path} holds a {type(entries).__name__}, not a list of samples.")
+    return entries
+
+
+def llava_samples(path: Path, images: Path) -> tuple[list[Sample], int]:
+    """Samples of LLaVA's training format (`conversations`, whose first turns count) or of its questions (`text`), and
+    the number of entries without an image, which are left out."""
+    samples, without = [], 0
+    for index, entry in enumerate(read_entries(path)):
+        where = f"{path}, entry {index}"
+        if not isinstance(entry, dict):
+            raise AnalysisError(f"{where} is a {type(entry).__name__}, not an object.")
+        if not entry.get("image"):
+            without += 1
+            continue
+        names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+        turns = [turn.get("value", "") for turn in entry.get("conversations") or []]
+        if not turns and "text" in entry:
+            turns = [entry["text"]]
+        if not turns:
+            raise AnalysisError(f"{where} has neither conversations nor text.")
+        paths = tuple(images / name for name in names)
+        for each in paths:
+            if not each.is_file():
+                raise AnalysisError(f"{where} names the image {each}, which is no file.")
+        question = turns[0].replace("<image>", "").strip()
+        name = str(entry.get("id", entry.get("question_id", index)))
+        samples.append(Sample(f"{index}:{name}", paths, question, turns[1] if len(turns) > 1 else None))
+    return samples, without
+
+
+def choose_samples(args: argparse.Namespace) -> list[Sample]:
+    """The samples to measure, in an order in which fewer samples are the first of more.
+
+    Raises:
+        AnalysisError: there is none, or with --answers one has no answer.
+    """
+    if args.data is None:
+        samples = embedded_samples(args.questions, args.seed)
+    else:
+        if args.data.is_dir():
+            samples = folder_samples(args.data, args.question)
+        else:
+            samples, without = llava_samples(args.data, args.image_folder or args.data.parent)
+            if without:
+                print(f"{without} entries of {args.data} have no image and are left out.", file=sys.stderr)
+        random.Random(args.seed).shuffle(samples)
+    samples = samples[: args.samples]
+    if not samples:
+        raise AnalysisError(f"{args.data} holds no question about an image.")
+    if args.answers:
+        for sample in samples:
+            if not sample.answer:
+                raise AnalysisError(f"Sample {sample.id} has no answer, which --answers needs.")
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def load_model(args: argparse.Namespace):
+    """Model and processor, the model on its device and in evaluation mode."""
+    options = {"trust_remote_code": args.trust_remote_code, "revision": args.revision}
+    try:
+        config = AutoConfig.from_pretrained(args.model, **options)
+        dtype = args.dtype
+        is_cpu = args.device == "cpu"
+        if dtype == "auto" and is_cpu and config.dtype in (torch.float16, None):
+            dtype = "float32"  # CPUs compute float16 slowly and round more
+        model = AutoModelForImageTextToText.from_pretrained(
+            args.model, dtype=dtype, attn_implementation={"text_config": args.attention}, **options
+        )
+        processor = AutoProcessor.from_pretrained(args.model, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = "it holds code of its own. Read it, then pass --trust-remote-code."
+        raise AnalysisError(f"{args.model} cannot be loaded: {reason}") from error
+    stack = getattr(getattr(model, "model", None), "language_model", None)
+    if not hasattr(stack, "layers") or not hasattr(model.config, "image_token_id"):
+        raise AnalysisError(f"{args.model} is a {type(model).__name__}, not a LLaVA: it has no model.language_model.")
+    return model.to(args.device).eval(), processor
+
+
+def fingerprint(model) -> str:
+    """Tells checkpoints apart: a hash of the first numbers of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def render(processor, sample: Sample) -> tuple[str, str | None]:
+    """The prompt up to where the answer begins, and the prompt with the answer if there is one."""
+    content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.question}]
+    messages = [{"role": "user", "content": content}]
+    template = {} if getattr(processor, "chat_template", None) else {"chat_template": CHAT_TEMPLATE}
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **template)
+    if sample.answer is None:
+        return prompt, None
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": sample.answer}]})
+    return prompt, processor.apply_chat_template(messages, **template)
+
+
+def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:
+    """The sample as the model takes it.
+
+    Raises:
+        AnalysisError: naming the sample, if an image cannot be read, no vision token or no text behind it is there,
+            or the prompt is longer than the backbone's sliding window.
+    """
+    try:
+        images = [x if isinstance(x, Image.Image) else Image.open(x).convert("RGB") for x in sample.images]
+        prompt, full = render(processor, sample)
+        inputs = processor(images=images, text=prompt, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        if with_answer:
+            ids = inputs["input_ids"][0]
+            inputs = processor(images=images, text=full, return_tensors="pt")
+            same = ids == inputs["input_ids"][0, :length]
+            length = int(same.long().cumprod(0).sum())  # a token may span the border
+        inputs = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if name not in ("attention_mask", "mm_token_type_ids")  # no padding; a dense LLaVA takes no types
+        }
+        made = Prompt(inputs, inputs["input_ids"][0] == model.config.image_token_id, length)
+    except (OSError, ValueError) as error:
+        raise AnalysisError(f"Sample {sample.id}: {error}") from error
+    text = model.config.text_config
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or []
+    if window and len(made.is_vision) > window and ("sliding_attention" in kinds or not kinds):
+        raise AnalysisError(
+            f"Sample {sample.id}: {len(made.is_vision)} tokens exceed text_config.sliding_window={window}, which the "
+            "layers are not measured beyond."
+        )
+    return made
+
+
+@torch.no_grad()
+def check_backbone(model, prompt: Prompt) -> None:
+    """Refuses a backbone whose layers need more than states, a causal mask and rotary positions: run apart from the
+    model, its first layer would give something else."""
+    decoder = Decoder(model)
+    with StateRecorder(decoder.stack, prompt) as record:
+        model(**prompt.inputs, use_cache=False, logits_to_keep=1)
+    positions = torch.arange(len(prompt.is_vision), device=model.device)
+    first, expected = decoder.run(record.states[0], positions, 0, 1).float(), record.states[1].float()
+    difference, scale = (first - expected).abs().max().item(), expected.abs().max().item()
+    if not difference <= 1e-2 * scale:
+        raise AnalysisError(
+            f"Layer 0 of {type(decoder.stack).__name__}, run alone, differs by {difference:.3g} from its output in "
+            f"the model (largest value {scale:.3g}): this backbone cannot be measured layer by layer."
+        )
+
+
+def picture_of(prompt: Prompt, processor) -> np.ndarray | None:
+    """`(H, W, 3)` uint8, the picture as the vision tower sees it, if the prompt has one whose tokens form a square."""
+    pixels = prompt.inputs["pixel_values"].float().cpu()
+    side = math.isqrt(int(prompt.is_vision.sum()))
+    if pixels.ndim != 4 or len(pixels) != 1 or side * side != int(prompt.is_vision.sum()):
+        return None
+    images = processor.image_processor
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.image_mean, images.image_std))
+    return ((pixels[0] * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The samples measured so far. A last line that was cut off when the run was killed is removed from the file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        path.write_text("".join(lines), encoding="utf-8")
+    return [json.loads(line) for line in lines]
+
+
+def append_row(path: Path, row: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_settings(path: Path, settings: dict) -> None:
+    """Refuses to mix results of another model, or measured otherwise, with those of this run.
+
+    Raises:
+        AnalysisError: naming the setting and its two values.
+    """
+    if not path.is_file():
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for name in settings.keys() | stored.keys():
+        if stored.get(name) != settings.get(name):
+            raise AnalysisError(
+                f"{path} was made with {name}={stored.get(name)!r}, but this run has {settings.get(name)!r}. Choose "
+                "another --output, or --restart to discard its results."
+            )
+
+
+def make_settings(args: argparse.Namespace, model) -> dict:
+    """All that decides what a row of the results holds."""
+    config = model.config
+    return {
+        "model": shown(args.model),
+        "model_type": config.model_type,
+        "fingerprint": fingerprint(model),
+        "num_hidden_layers": config.text_config.num_hidden_layers,
+        "first_fusion_layer": first_fusion_layer(config, args.num_fusion_layers),
+        "saturation_layer": getattr(config, "saturation_layer", None),
+        "num_side_layers": getattr(config, "num_side_layers", 1),
+        "text_config": config.text_config.to_diff_dict(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": args.attention,
+        "data": "embedded digit task" if args.data is None else str(args.data),
+        "question": args.question if args.data is not None and args.data.is_dir() else None,
+        "seed": args.seed,
+        "answers": args.answers,
+        "metrics": sorted(args.metrics),
+        "layers": args.layers,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def pending_samples(samples: list[Sample], rows: list[dict], path: Path) -> Iterator[Sample]:
+    """Samples that no row is about.
+
+    Raises:
+        AnalysisError: a row of that name is about another question.
+    """
+    asked = {row["sample"]: row["question"] for row in rows}
+    for sample in samples:
+        if sample.id not in asked:
+            yield sample
+        elif asked[sample.id] != sample.question:
+            raise AnalysisError(
+                f"{path} has sample {sample.id} with the question {asked[sample.id]!r}, but the data now ask "
+                f"{sample.question!r}. Choose another --output, or --restart to discard its results."
+            )
+
+
+def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dict]]:
+    """Measures the samples that OUTPUT lacks; returns settings and the rows of all, in order."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "maps").mkdir(exist_ok=True)
+    model, processor = load_model(args)
+    settings = make_settings(args, model)
+    check_settings(args.output / "settings.json", settings)
+    path = args.output / "samples.jsonl"
+    rows = read_rows(path)
+    pending = list(pending_samples(samples, rows, path))
+    num_layers = settings["num_hidden_layers"]
+    if args.layers and args.layers[-1] >= num_layers:
+        raise AnalysisError(f"--layers names layer {args.layers[-1]}, but the decoder has {num_layers}, from 0 on.")
+    passes = num_passes(args.metrics, range(num_layers) if args.layers is None else args.layers)
+    if pending:
+        check_backbone(model, make_prompt(model, processor, pending[0], args.answers))
+    done = len(samples) - len(pending)
+    with tqdm(total=len(samples) * passes, initial=done * passes, unit="pass", disable=None) as bar:
+        for sample in pending:
+            bar.set_description(f"sample {sample.id}")
+            prompt = make_prompt(model, processor, sample, args.answers)
+            values, maps = measure(model, prompt, args.metrics, args.layers, args.num_fusion_layers, bar.update)
+            tokens = {"vision_tokens": int(prompt.is_vision.sum()), "tokens": len(prompt.is_vision)}
+            index = samples.index(sample)
+            if maps is not None and index < args.maps:
+                save_maps(args.output / "maps" / f"{index:04}.npz", sample, maps, picture_of(prompt, processor))
+            row = {"sample": sample.id, "question": sample.question, **tokens, **values}
+            append_row(path, row)
+            rows.append(row)
+    by_name = {row["sample"]: row for row in rows}
+    return settings, [by_name[sample.id] for sample in samples]
+
+
+def save_maps(path: Path, sample: Sample, maps: torch.Tensor, picture: np.ndarray | None) -> None:
+    """Attention of the prompt's last token to the picture, by layer, and the picture; complete or not there."""
+    if picture is None:
+        return
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, maps=maps.numpy(), picture=picture, question=np.array(sample.question))
+    part.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- command
+
+
+def shown(path: str | Path) -> str:
+    """A path as it is written into results: relative to this repository if it lies there."""
+    resolved = Path(path).resolve()
+    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else str(path)
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command that measures the same, wherever it is run."""
+    parts = ["python scripts/analyze_saturation.py", shown(args.model)]
+    defaults = vars(make_parser().parse_args([]))
+    hidden = {"model", "output", "restart", "compare", "device", "map_layers", "label"}
+    for name, value in vars(args).items():
+        if name in hidden or value == defaults[name]:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        text = "" if value is True else " " + (",".join(map(str, value)) if isinstance(value, list) else str(value))
+        parts.append(option + text)
+    return " ".join(parts)
+
+
+def format_number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 0.01 else f"{value:.3f}"
+
+
+def summary_text(summary: dict) -> str:
+    """The table and the recommendation that the command ends with."""
+    names = ("attention", "cosine_next_vision", "cosine_next_text", "contribution", "withdrawal", "routing")
+    curves = {name: summary["curves"][name]["mean"] for name in names if name in summary["curves"]}
+    cost = {entry["saturation_layer"]: entry for entry in summary["cost"]}
+    lines = ["layer" + "".join(f"{name:>20}" for name in curves) + f"{'FLOPs':>8}{'KV':>8}"]
+    for layer in range(summary["settings"]["num_hidden_layers"]):
+        cells = "".join(f"{format_number(values[layer]):>20}" for values in curves.values())
+        shares = [f"{cost[layer][name]:.1%}" if layer in cost else "-" for name in ("flops_ratio", "cache_ratio")]
+        lines.append(f"{layer:5}{cells}{shares[0]:>8}{shares[1]:>8}")
+    chosen = summary["recommendation"]
+    lines += ["", f"recommended saturation layer: {chosen['saturation_layer']}", chosen["reason"]]
+    if chosen.get("interval_95"):
+        low, high = chosen["interval_95"]
+        lines.append(f"95 % interval over {summary['samples']} samples: layer {low} to {high}")
+    return "\n".join(lines)
+
+
+def layer_list(text: str) -> list[int]:
+    """`0,4,8-12` as a list of layers."""
+    layers: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers.update(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,4,8-12") from error
+    return sorted(layers)
+
+
+def metric_list(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METRICS)}")
+    return names
+
+
+EXAMPLES = """\
+examples:
+  python scripts/analyze_saturation.py                                        the embedded LLaVA on its digit task
+  python scripts/analyze_saturation.py llava-hf/llava-1.5-7b-hf --data llava_v1_5_mix665k.json \\
+      --image-folder images --samples 100 --output saturation-7b              LLaVA's data format
+  python scripts/analyze_saturation.py ./llava --data ./photos --question "What is this?"
+  python scripts/analyze_saturation.py ./llava --data ./photos --layers 8-31 --metrics attention,hidden,withdrawal
+  python scripts/analyze_saturation.py dpvr-tiny --trust-remote-code --output saturation-dpvr --compare saturation
+then:
+  python convert_llava_to_dpvr.py ./llava ./dpvr --saturation-layer auto --analysis saturation
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tiny = str(ROOT / "examples" / "tiny-llava")
+    add = parser.add_argument
+    add("model", nargs="?", default=tiny, help="Hub id or folder of a LLaVA or DPVR (default: examples/tiny-llava)")
+    add("--output", type=Path, default=Path("saturation"), help="folder of results and report (default: %(default)s)")
+    add("--data", type=Path, help="LLaVA's .json or .jsonl, or a folder of pictures (default: the embedded task)")
+    add("--image-folder", type=Path, help="where the images of --data lie (default: beside it)")
+    add("--question", default="Describe this image.", help="about pictures of a folder (default: %(default)s)")
+    add("--questions", type=int, default=50, help="of each kind of the embedded task (default: %(default)s)")
+    add("--samples", type=int, help="at most so many (default: all)")
+    add("--answers", action="store_true", help="measure KL at the tokens of the data's answers, not the next alone")
+    add("--metrics", type=metric_list, default=list(METRICS), help=f"of {','.join(METRICS)} (default: all)")
+    add("--layers", type=layer_list, help="for the KL metrics, such as 0,4,8-12 (default: all)")
+    add("--num-fusion-layers", type=int, default=1, help="of the DPVR to be made (default: %(default)s)")
+    add("--kl-threshold", type=float, default=KL_THRESHOLD, help="in nats (default: %(default)s)")
+    add("--maps", type=int, default=4, help="samples whose attention is drawn over the picture (default: %(default)s)")
+    add("--map-layers", type=layer_list, help="layers drawn there (default: six of them)")
+    add("--compare", type=Path, metavar="DIR", help="draw the results of another run into the same plots")
+    add("--label", help="name of this run in the plots (default: the model's)")
+    add("--seed", type=int, default=0, help="of the questions or of the order of --data (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's; float32 for float16 on a CPU")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--attention", choices=("sdpa", "eager"), default="sdpa", help="default: %(default)s")
+    add("--revision", help="branch, tag or commit of a model on the Hub")
+    add("--trust-remote-code", action="store_true", help="run the code in the model's folder, as a DPVR needs")
+    add("--restart", action="store_true", help="discard the results in --output")
+    return parser
+
+
+def discard(folder: Path) -> None:
+    """Removes the results of an earlier run, and nothing else."""
+    for path in [folder / name for name in ("settings.json", "samples.jsonl", "saturation.json", "report.html")]:
+        path.unlink(missing_ok=True)
+    for path in (folder / "maps").glob("*.npz"):
+        path.unlink()
+
+
+def analyze(args: argparse.Namespace) -> dict:
+    """Measures, recommends and writes all files; returns the summary."""
+    other = read_summary(args.compare) if args.compare else None
+    samples = choose_samples(args)
+    if args.restart:
+        discard(args.output)
+    settings, rows = run(args, samples)
+    summary = summarize(settings, rows, args.kl_threshold, command_of(args))
+    summary["label"] = args.label or Path(settings["model"]).name
+    (args.output / "saturation.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_report(args.output, summary, other, args.map_layers)
+    return summary
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    for name in ("questions", "num_fusion_layers", "samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        print(summary_text(analyze(args)))
+    except (AnalysisError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {args.output / 'samples.jsonl'}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {peak:.2f} GiB\n{args.output / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,770 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The saturation analysis: its metrics against slow direct computations, its rule, its command, and who reads it."""
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from tiny import IMAGE, NUM_LAYERS, TOKENS_PER_IMAGE, make_batch, make_dpvr, make_llava, text_config, vision_config
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig, Qwen2Config
+
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+
+import analyze_saturation as analysis
+import saturation_metrics as metrics
+import saturation_report as report
+import saturation_rule as rule
+
+from convert_llava_to_dpvr import ConversionError, convert
+from convert_llava_to_dpvr import main as convert_main
+
+FUSION = NUM_LAYERS - 1
+BACKBONES = {"llama": text_config, "mistral": MistralConfig, "qwen2": Qwen2Config}
+
+
+def make_prompt(row="ttItttt", seed=0, answer=0):
+    """A random prompt; its last `answer` tokens are the answer."""
+    batch = make_batch([row], seed=seed)
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
+    ids = batch["input_ids"][0]
+    return metrics.Prompt(inputs, ids == IMAGE, len(ids) - answer)
+
+
+def backbone(name):
+    return text_config() if name == "llama" else text_config(BACKBONES[name], sliding_window=None)
+
+
+# ------------------------------------------------------------------------------------- the slow, direct computations
+
+
+class Slow:
+    """All metrics of a LLaVA from the definitions, with the oracle's layers: every token in every layer, masks for
+    what is not seen, no cache, no hook, float64 where it is not a layer."""
+
+    @torch.no_grad()
+    def __init__(self, model, prompt):
+        self.config, self.text = model.config, model.config.text_config
+        self.weights = {name: weight.detach().float() for name, weight in model.state_dict().items()}
+        self.vision, self.prompt = prompt.is_vision, prompt
+        x = self.weights["model.language_model.embed_tokens.weight"][prompt.inputs["input_ids"][0]].clone()
+        features = model.model.get_image_features(prompt.inputs["pixel_values"], return_dict=True).pooler_output
+        x[self.vision] = torch.cat(list(features))
+        self.causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        self.blind = self.causal & ~self.vision  # no one sees vision
+        self.states = [x]
+        for layer in range(NUM_LAYERS):
+            self.states.append(self.layers(self.states[-1], layer, layer + 1, self.causal))
+        self.reference = self.distributions(self.states[-1])
+
+    def layers(self, x, first, end, visible):
+        for layer in range(first, end):
+            prefix = f"model.language_model.layers.{layer}."
+            x = oracle.decoder_layer(x, self.weights, prefix, self.text, visible)
+        return x
+
+    def distributions(self, x):
+        x = oracle.rms_norm(x, self.weights["model.language_model.norm.weight"], self.text.rms_norm_eps)
+        logits = (x @ self.weights["lm_head.weight"].T).double()
+        first, end = self.prompt.length - 1, max(self.prompt.length, len(x) - 1)
+        return logits[first:end].softmax(-1)
+
+    def kl(self, x):
+        total = 0.0
+        for p, q in zip(self.distributions(x), self.reference, strict=True):
+            total += sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q, strict=True))
+        return total / len(self.reference)
+
+    def contribution(self, layer):
+        x = torch.where(self.vision[:, None], self.states[layer], self.states[layer + 1])
+        return self.kl(self.layers(x, layer + 1, NUM_LAYERS, self.causal))
+
+    def withdrawal(self, layer):
+        return self.kl(self.layers(self.states[layer], layer, NUM_LAYERS, self.blind))
+
+    def routing(self, layer):
+        if not 1 <= layer <= FUSION:
+            return None
+        x = self.layers(self.states[layer], layer, FUSION, self.blind)
+        x = torch.where(self.vision[:, None], self.states[layer], x)
+        return self.kl(self.layers(x, FUSION, NUM_LAYERS, self.causal))
+
+    def mean(self, value, tokens, *layers):
+        """Mean of `value` over tokens, of numpy vectors in float64."""
+        rows = [self.states[layer][tokens].double().numpy() for layer in layers]
+        return np.mean([value(*vectors) for vectors in zip(*rows, strict=True)])
+
+    def hidden(self):
+        def cosine(a, b):
+            return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+        curves = {}
+        for name, tokens in (("vision", self.vision), ("text", self.prompt.queries)):
+            layers = range(NUM_LAYERS)
+            curves[f"cosine_next_{name}"] = [self.mean(cosine, tokens, i, i + 1) for i in layers]
+            curves[f"cosine_last_{name}"] = [self.mean(cosine, tokens, i, NUM_LAYERS) for i in layers]
+            curves[f"curvature_{name}"] = [None] + [
+                self.mean(lambda a, b, c: math.acos(cosine(c - b, b - a)), tokens, i - 1, i, i + 1) for i in layers[1:]
+            ]
+        return curves
+
+    def attention(self, model):
+        """From eager attention of the whole model, all of it kept, in plain loops."""
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            kept = model(**self.prompt.inputs, output_attentions=True).attentions
+        return attention_by_loops(kept, self.vision.tolist(), self.prompt.length)
+
+
+def attention_by_loops(attentions, is_vision, length):
+    """Attention metrics from maps `(1, H, T, T)` of every layer; `length` tokens are the prompt."""
+    last_image = max(i for i, vision in enumerate(is_vision) if vision)
+    kinds = [
+        "image" if vision else "system" if i < last_image else "instruction" for i, vision in enumerate(is_vision)
+    ]
+    curves = {name: [] for name in ("attention", "attention_heads_std", "attention_queries_std")}
+    curves |= {f"efficiency_{kind}": [] for kind in metrics.KINDS}
+    for attention in attentions:
+        heads, queries = range(attention.shape[1]), range(last_image + 1, length)
+        masses = np.zeros((len(heads), len(queries)))
+        shares = {kind: [] for kind in metrics.KINDS}
+        for h in heads:
+            for i, q in enumerate(queries):
+                received = {kind: [] for kind in metrics.KINDS}
+                for k in range(q + 1):
+                    received[kinds[k]].append(float(attention[0, h, q, k]))
+                masses[h, i] = sum(received["image"])
+                for kind in metrics.KINDS:
+                    shares[kind].append(sum(received[kind]) / len(received[kind]))
+        curves["attention"].append(masses.mean())
+        curves["attention_heads_std"].append(masses.mean(1).std())
+        curves["attention_queries_std"].append(masses.mean(0).std())
+        for kind in metrics.KINDS:
+            curves[f"efficiency_{kind}"].append(np.mean(shares[kind]))
+    return curves
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert [x is None for x in found] == [x is None for x in expected]
+    for layer, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one is None or abs(one - other) < tolerance * max(1, abs(other)), (layer, one, other)
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_metric_is_that_of_a_slow_direct_computation(name, implementation):
+    model, prompt = make_llava(text=backbone(name)), make_prompt()
+    model.set_attn_implementation(implementation)
+    row, maps = metrics.measure(model, prompt)
+    slow = Slow(model, prompt)
+    layers = range(NUM_LAYERS)
+    expected = slow.attention(model) | slow.hidden()
+    expected |= {kl: [getattr(slow, kl)(i) for i in layers] for kl in ("contribution", "withdrawal", "routing")}
+    assert row.keys() == expected.keys() | {"uniform_attention"}
+    for metric, values in expected.items():
+        assert_close(row[metric], values)
+    assert max(row["withdrawal"]) > 0.1  # the image matters to this random model, else this test would show little
+    assert row["contribution"][-1] == 0
+    assert row["routing"][FUSION] == 0
+    assert maps.shape == (NUM_LAYERS, TOKENS_PER_IMAGE)
+
+
+@pytest.mark.parametrize("row", ["Itt", "ttIItt", "ttIttItttt"])
+def test_an_image_first_and_several_images_are_measured_as_directly(row):
+    model, prompt = make_llava(seed=3), make_prompt(row, seed=3)
+    found, _ = metrics.measure(model, prompt)
+    slow = Slow(model, prompt)
+    for kl in ("contribution", "withdrawal", "routing"):
+        assert_close(found[kl], [getattr(slow, kl)(i) for i in range(NUM_LAYERS)])
+    if row != "Itt":  # the loops divide by the number of system tokens
+        for metric, values in slow.attention(model).items():
+            assert_close(found[metric], values)
+
+
+def test_with_an_answer_kl_is_the_mean_over_its_tokens_and_attention_that_of_the_prompt():
+    model, prompt = make_llava(), make_prompt("ttItttttt", answer=3)
+    assert prompt.read.tolist() == [prompt.length - 1 + i for i in range(3)]
+    found, _ = metrics.measure(model, prompt)
+    slow = Slow(model, prompt)
+    for kl in ("contribution", "withdrawal", "routing"):
+        assert_close(found[kl], [getattr(slow, kl)(i) for i in range(NUM_LAYERS)])
+    assert_close(found["attention"], slow.attention(model)["attention"])
+
+
+def test_the_map_is_the_attention_of_the_prompts_last_token():
+    model, prompt = make_llava(), make_prompt("ttIttttt", answer=2)
+    _, maps = metrics.measure(model, prompt, ["attention"])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(**prompt.inputs, output_attentions=True).attentions
+    expected = torch.stack([x[0, :, prompt.length - 1, prompt.is_vision].mean(0) for x in attentions])
+    torch.testing.assert_close(maps, expected, atol=1e-6, rtol=0)
+
+
+def set_attention(model, scores):
+    """Makes each token pay e^score times the attention of a text token to a vision token, in every head, and states
+    stay as they are: the query is constant, the key holds the score of its layer where the token is an image."""
+    text = model.config.text_config
+    head, pair = text.head_dim, text.head_dim // 2 - 1  # the pair of dimensions that rotates least
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        embeddings[:, 0] = 0
+        projector = model.model.multi_modal_projector.linear_2
+        projector.weight.zero_()
+        projector.bias.zero_()
+        projector.bias[0] = 1
+        normed = 1 / math.sqrt(1 / text.hidden_size + text.rms_norm_eps)  # of the feature (1, 0, ..., 0)
+        for layer, score in zip(model.model.language_model.layers, scores, strict=True):
+            attention = layer.self_attn
+            for linear in (attention.q_proj, attention.k_proj, attention.o_proj):
+                linear.weight.zero_()
+                linear.bias.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            attention.q_proj.bias[pair::head] = 1
+            attention.k_proj.weight[pair::head, 0] = score * math.sqrt(head) / normed
+    return model
+
+
+@pytest.mark.parametrize("scores", [[0.0] * NUM_LAYERS, [3.0, 2.0, 0.0, -1.0, -4.0, -9.0]], ids=["uniform", "falling"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_known_in_closed_form_is_measured_exactly(scores, implementation):
+    config = text_config(attention_bias=True, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e12})
+    model, prompt = set_attention(make_llava(text=config), scores), make_prompt("ttttItttttt")
+    model.set_attn_implementation(implementation)
+    row, maps = metrics.measure(model, prompt)
+    n = TOKENS_PER_IMAGE
+    for layer, score in enumerate(scores):
+        masses = [n * math.exp(score) / (n * math.exp(score) + int(q) + 1 - n) for q in prompt.queries]
+        assert row["attention"][layer] == pytest.approx(np.mean(masses), abs=1e-6)
+        assert row["attention_heads_std"][layer] == pytest.approx(0, abs=1e-6)
+        assert row["attention_queries_std"][layer] == pytest.approx(np.std(masses), abs=1e-6)
+        assert maps[layer].tolist() == pytest.approx([masses[-1] / n] * n, abs=1e-6)
+    assert row["cosine_next_vision"] == pytest.approx([1] * NUM_LAYERS)
+    if not any(scores):
+        assert row["attention"] == pytest.approx([row["uniform_attention"]] * NUM_LAYERS, abs=1e-6)
+    # No attention reaches any state, so the answer loses nothing
+    assert row["withdrawal"] == [0] * NUM_LAYERS
+
+
+def test_sdpa_and_eager_give_the_same_results():
+    model, prompt = make_llava(), make_prompt()
+    rows = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        rows.append(metrics.measure(model, prompt)[0])
+    for name, values in rows[0].items():
+        if isinstance(values, list):
+            assert_close(values, rows[1][name])
+
+
+def test_attention_is_reduced_in_chunks_of_queries_and_measuring_leaves_the_model_as_it_was(monkeypatch):
+    model, prompt = make_llava(), make_prompt("ttItttttttttt")
+    whole, _ = metrics.measure(model, prompt)
+    shapes, rows = [], metrics.attention_rows
+
+    def watched(*arguments):
+        weights = rows(*arguments)
+        shapes.append(tuple(weights.shape))
+        return weights
+
+    monkeypatch.setattr(metrics, "attention_rows", watched)
+    monkeypatch.setattr(metrics.AttentionRecorder.__init__, "__defaults__", (3,))
+    chunked, _ = metrics.measure(model, prompt)
+    length, num_queries = len(prompt.is_vision), len(prompt.queries)
+    assert shapes == [(4, n, length) for _ in range(NUM_LAYERS) for n in [3] * (num_queries // 3) + [num_queries % 3]]
+    for name, values in whole.items():
+        if isinstance(values, list):
+            assert_close(chunked[name], values, 1e-6)
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(metrics, "attention_rows", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        metrics.measure(model, prompt)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.language_model.layers)
+
+
+def test_half_precision_is_measured_in_float32():
+    model, prompt = make_llava(), make_prompt()
+    exact, _ = metrics.measure(model, prompt, ["attention", "hidden"])
+    prompt.inputs["pixel_values"] = prompt.inputs["pixel_values"].bfloat16()
+    half, _ = metrics.measure(model.bfloat16(), prompt, ["attention", "hidden"])
+    for name in ("attention", "cosine_next_vision", "curvature_text"):
+        assert_close(half[name], exact[name], 0.05)
+
+
+def test_only_the_layers_asked_for_cost_a_pass():
+    model, prompt, calls = make_llava(), make_prompt(), []
+    row, _ = metrics.measure(model, prompt, ["withdrawal", "routing"], [2, 5], progress=lambda: calls.append(1))
+    assert len(calls) == metrics.num_passes(["withdrawal", "routing"], [2, 5]) == 5
+    assert [i for i, value in enumerate(row["withdrawal"]) if value is not None] == [2, 5]
+    assert "attention" not in row
+    assert "cosine_next_text" not in row
+
+
+def test_a_prompt_without_image_or_text_behind_it_is_refused():
+    batch = make_batch(["tt"])
+    with pytest.raises(ValueError, match="none of its 2 tokens"):
+        metrics.Prompt({}, batch["input_ids"][0] == IMAGE, 2)
+    with pytest.raises(ValueError, match="no text follows the image within the 6 tokens"):
+        make_prompt("ttI")
+
+
+def test_an_attention_backend_that_shows_no_queries_is_refused():
+    model = make_llava()
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    with pytest.raises(ValueError, match="'flex_attention' cannot be measured"):
+        metrics.measure(model, make_prompt())
+
+
+# ------------------------------------------------------------------------------------------------------------- DPVR
+
+
+def dense_of(dpvr):
+    """The LLaVA whose weights a DPVR holds."""
+    llava = make_llava()
+    llava.load_state_dict({name: value for name, value in dpvr.state_dict().items() if "side_branch" not in name})
+    return llava
+
+
+def dpvr_kl(dpvr, llava, prompt):
+    with torch.no_grad():
+        one, other = (model(**prompt.inputs).logits[0, -1].double().log_softmax(-1) for model in (dpvr, llava))
+    return (one.exp() * (one - other)).sum().item()
+
+
+def test_routing_kl_is_that_of_a_real_dpvr_with_that_saturation_layer():
+    llava, prompt = make_llava(), make_prompt()
+    row, _ = metrics.measure(llava, prompt, ["routing"])
+    for layer in range(1, FUSION + 1):
+        dpvr = make_dpvr(saturation_layer=layer, random_branch=False)
+        dpvr.load_state_dict(llava.state_dict(), strict=False)
+        assert row["routing"][layer] == pytest.approx(dpvr_kl(dpvr, llava, prompt), abs=1e-5)
+
+
+@pytest.mark.parametrize("num_fusion_layers", [1, 2])
+def test_a_dpvr_is_measured_in_its_own_pass_and_against_the_llava_that_it_holds(num_fusion_layers):
+    dpvr = make_dpvr(saturation_layer=2, num_fusion_layers=num_fusion_layers)
+    llava, prompt = dense_of(dpvr), make_prompt()
+    row, maps = metrics.measure(dpvr, prompt)
+    dense, _ = metrics.measure(llava, prompt, num_fusion_layers=num_fusion_layers)
+    for name in ("contribution", "withdrawal", "routing"):
+        assert_close(row[name], dense[name], 1e-6)
+    own = [i for i, value in enumerate(row["routing_own"]) if value is not None]
+    assert own == [2]
+    assert row["routing_own"][2] == pytest.approx(dpvr_kl(dpvr, llava, prompt), abs=1e-5)
+    assert abs(row["routing_own"][2] - row["routing"][2]) > 1e-3  # a random side branch is not the identity
+
+    dpvr.set_attn_implementation("eager")
+    with torch.no_grad():
+        outputs = dpvr(**prompt.inputs, output_attentions=True, output_hidden_states=True)
+    expected = attention_by_loops(outputs.attentions, prompt.is_vision.tolist(), prompt.length)
+    assert_close(row["attention"], expected["attention"])
+    text_only = range(2, NUM_LAYERS - num_fusion_layers)
+    assert all(row["attention"][i] == 0 and row["efficiency_image"][i] is None for i in text_only)
+    assert all(maps[i].sum() == (0 if i in text_only else pytest.approx(maps[i].sum())) for i in range(NUM_LAYERS))
+    states = outputs.hidden_states  # after the text-only layers a vision token still has the state that was routed out
+    for i in range(2, NUM_LAYERS - num_fusion_layers - 1):
+        assert row["cosine_next_vision"][i] == pytest.approx(1)
+        cosine = torch.cosine_similarity(states[i][0, prompt.queries], states[i + 1][0, prompt.queries]).mean()
+        assert row["cosine_next_text"][i] == pytest.approx(cosine.item(), abs=1e-5)
+    assert row["curvature_vision"][3] is None  # no angle where a token does not move
+
+
+def test_llava_next_is_measured_as_directly():
+    torch.manual_seed(0)
+    config = LlavaNextConfig(
+        vision_config=vision_config(),
+        text_config=text_config(),
+        image_grid_pinpoints=[[16, 16]],
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+    )
+    model = LlavaNextForConditionalGeneration(config).eval()
+    pixels, sizes = torch.randn(1, 2, 3, 16, 16), torch.tensor([[16, 16]])
+    with torch.no_grad():
+        num_tokens = len(torch.cat(list(model.model.get_image_features(pixels, sizes).pooler_output)))
+    ids = torch.tensor([[7, 8, *[IMAGE] * num_tokens, 9, 10, 11]])
+    inputs = {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
+    row, _ = metrics.measure(model, metrics.Prompt(inputs, ids[0] == IMAGE, ids.shape[1]))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+    for name, values in attention_by_loops(attentions, (ids[0] == IMAGE).tolist(), ids.shape[1]).items():
+        assert_close(row[name], values)
+    assert row["withdrawal"][0] > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- rule
+
+
+def test_the_plateau_of_the_abstracts_curve_begins_at_layer_4_and_one_that_does_not_fall_has_none():
+    abstract = np.concatenate([np.linspace(0.68, 0.07, 5), np.linspace(0.07, 0.04, 15)[1:], [0.04] * 12, [0.2]])[:32]
+    assert rule.plateau_layer(abstract, 31) == 4
+    abstract[31] = 0.3  # what the fusion layer sees does not count
+    assert rule.plateau_layer(abstract, 31) == 4
+    abstract[20] = 0.3
+    assert rule.plateau_layer(abstract, 31) == 21
+    assert rule.plateau_layer(np.full(8, 0.5), 7) is None
+
+
+def test_the_kl_layer_is_the_first_from_which_on_no_later_layer_exceeds_the_threshold():
+    curve = np.array([9, 1, 0.001, 0.5, 0.002, 0.001, 0.003, 0])
+    assert rule.kl_layer(curve, 7, 0.003) == 4
+    assert rule.kl_layer(curve, 7, 0.6) == 2
+    assert rule.kl_layer(curve, 7, 0.0029) == 7
+    curve[7] = 0.1
+    assert rule.kl_layer(curve, 7, 0.003) is None
+    curve[[2, 4, 7]] = np.nan, np.nan, 0
+    assert rule.kl_layer(curve, 7, 0.003) == 5  # a layer that was not measured is not chosen
+    curve[7] = np.nan
+    assert rule.kl_layer(curve, 7, 0.003) is None
+
+
+def curves(attention=None, samples=4, **kls):
+    made = {name: np.tile(np.array(values, dtype=float), (samples, 1)) for name, values in kls.items()}
+    return made | ({} if attention is None else {"attention": np.tile(attention, (samples, 1))})
+
+
+def test_the_later_of_plateau_and_kl_layer_is_recommended():
+    late_kl = [9, 5, 1, 0.1, 0.001, 0, 0, 0]
+    falls = [0.6, 0.5, 0.02, 0.01, 0.01, 0.01, 0.01, 0.1]
+    found = rule.recommend(curves(falls, withdrawal=late_kl), 7, 0.003)
+    assert (found["saturation_layer"], found["by_kl"], found["by_attention"]) == (4, 4, 2)
+    assert "from layer 4 on removing vision" in found["reason"]
+    assert "plateau of 0.01 from layer 2" in found["reason"]
+    falls_later = [0.6, 0.5, 0.5, 0.5, 0.5, 0.02, 0.02, 0.1]
+    assert rule.recommend(curves(falls_later, withdrawal=late_kl), 7, 0.003)["saturation_layer"] == 5
+    flat = rule.recommend(curves([0.5] * 8, withdrawal=late_kl), 7, 0.003)
+    assert flat["saturation_layer"] == 4
+    assert "does not fall to a plateau" in flat["reason"]
+    routed = rule.recommend(curves(falls_later, withdrawal=late_kl), 7, 0.003, is_routed=True)
+    assert routed["saturation_layer"] == 4  # a DPVR's attention says what it was built to do
+
+
+def test_where_the_fusion_layer_still_reads_vision_the_routing_kl_decides():
+    withdrawal, routing = [9, 9, 9, 9, 9, 2, 2, 2], [np.nan, 5, 1, 0.002, 0.001, 0, 0, 0]
+    found = rule.recommend(curves(withdrawal=withdrawal, routing=routing), 7, 0.003)
+    assert (found["saturation_layer"], found["criterion"]) == (3, "routing")
+    assert "fusion layer still reads vision" in found["reason"]
+    useless = rule.recommend(curves(routing=[np.nan, *[5] * 6, 0]), 7, 0.003)
+    assert useless["saturation_layer"] == 7
+    assert "no layer to skip" in useless["reason"]
+    unknown = rule.recommend(curves([0.5] * 8), 7, 0.003)
+    assert unknown["saturation_layer"] is None
+    assert "layer 7, which was not measured" in unknown["reason"]
+
+
+def test_the_interval_covers_what_resamples_choose_and_one_sample_has_none():
+    early, late = [9, 9, 0, 0, 0, 0, 0, 0], [9, 9, 9, 9, 9, 0, 0, 0]
+    mixed = {"withdrawal": np.array([early] * 9 + [late], dtype=float)}
+    found = rule.recommend(mixed, 7, 0.003)
+    assert found["saturation_layer"] == 5
+    assert found["interval_95"] == [2, 5]
+    assert found["share_of_resamples"] == pytest.approx(1 - 0.9**10, abs=0.05)  # those that drew the late one
+    assert rule.recommend(mixed, 7, 0.003) == found
+    alone = rule.recommend(curves(withdrawal=late, samples=1), 7, 0.003)
+    assert (alone["saturation_layer"], alone["interval_95"]) == (5, None)
+
+
+def test_the_cost_table_of_llava_1_5_7b_has_the_numbers_of_the_accounting():
+    from transformers import LlavaConfig
+
+    text = LlavaConfig().text_config.to_diff_dict()
+    settings = {"text_config": text, "num_hidden_layers": 32, "first_fusion_layer": 31, "num_side_layers": 1}
+    table = rule.cost_table(settings, 576, 64)
+    assert [entry["saturation_layer"] for entry in table] == list(range(1, 32))
+    chosen = table[17]
+    assert (round(chosen["flops_ratio"], 3), round(chosen["cache_ratio"], 3)) == (0.662, 0.662)  # the README's
+    assert round(chosen["flops"] / 1e12, 2) == 5.63
+    assert chosen["cache_bytes"] / 2**20 == 212
+    assert all(one["flops"] < other["flops"] for one, other in itertools.pairwise(table))
+
+
+# ------------------------------------------------------------------------------------------------- command and files
+
+
+def run(folder, *arguments):
+    return analysis.main(["--output", str(folder), "--device", "cpu", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """The embedded model on two questions of each kind."""
+    folder = tmp_path_factory.mktemp("analysis") / "run"
+    assert run(folder, "--questions", 2, "--maps", 2) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dpvr_folder(tmp_path_factory):
+    """The embedded model as a DPVR with its trained side branch."""
+    folder = tmp_path_factory.mktemp("dpvr") / "dpvr"
+    convert(ROOT / "examples" / "tiny-llava", folder, adapter=ROOT / "examples" / "dpvr-tiny-adapter")
+    return folder
+
+
+def results(folder):
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    summary = report.read_summary(folder)
+    summary.pop("command")
+    return sorted(rows, key=lambda row: row["sample"]), summary
+
+
+def test_the_command_writes_rows_summary_plots_and_a_page(digits_run):
+    rows, summary = results(digits_run)
+    assert len(rows) == 8
+    assert rows[0]["vision_tokens"] == 36
+    assert summary["curves"]["attention"]["mean"] == pytest.approx(
+        np.mean([row["attention"] for row in rows], axis=0), rel=1e-3
+    )
+    assert summary["curves"]["routing"]["mean"][0] is None
+    assert summary["recommendation"]["kl_threshold"] == rule.KL_THRESHOLD
+    for name in report.PLOTS:
+        assert (digits_run / f"{name}.svg").read_text().startswith("<?xml")
+        with Image.open(digits_run / f"{name}.png") as picture:
+            assert min(picture.size) > 400
+    assert sorted(path.name for path in (digits_run / "maps").iterdir()) == ["0000.npz", "0001.npz"]
+    assert (digits_run / "overview.png").is_file()
+    assert (digits_run / "maps.png").is_file()
+
+
+def test_the_page_needs_no_other_file_and_follows_light_and_dark(digits_run):
+    page = (digits_run / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
+    assert all(source.startswith(("#", "data:image/png;base64,")) for source in sources)
+    assert "<script" not in page
+    assert "<link" not in page
+    assert "prefers-color-scheme: dark" in page
+    drawn = page[page.index("<body") :]
+    assert drawn.count("<svg") == len(report.PLOTS)
+    assert all(colour not in drawn.lower() for colour in (*report.SERIES.values(), report.INK))
+    assert re.search(r"recommended: S = \d", drawn)
+    assert drawn.count("<figure>") == 2 * len(report.layers_to_draw(report.read_summary(digits_run), None))
+    for finding in report.FINDINGS.values():
+        assert finding(report.read_summary(digits_run)).replace("'", "&#x27;") in drawn
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_results(digits_run, tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "analyze_saturation.py", "--output", tmp_path, "--questions", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        path = tmp_path / "samples.jsonl"
+        while time.monotonic() < deadline and not (path.is_file() and path.read_text().count("\n") >= 2):
+            time.sleep(0.005)
+        process.kill()
+    measured = path.read_text().count("\n")
+    assert 2 <= measured < 8
+    with path.open("a") as file:
+        file.write('{"sample": "7", "question": "cut o')  # as a write that the kill cut off
+    assert run(tmp_path, "--questions", 2, "--maps", 2) == 0
+    assert results(tmp_path) == results(digits_run)
+
+
+def test_an_interrupt_keeps_what_was_measured_and_more_questions_add_to_it(tmp_path, monkeypatch, capsys):
+    measure, calls = analysis.measure, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(*arguments)
+
+    monkeypatch.setattr(analysis, "measure", interrupted)
+    assert run(tmp_path, "--questions", 1, "--metrics", "attention") == 130
+    assert "goes on from" in capsys.readouterr().err
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
+    assert run(tmp_path, "--questions", 1, "--metrics", "attention") == 0
+    assert len(calls) == 5
+    assert run(tmp_path, "--questions", 2, "--metrics", "attention") == 0
+    assert len(calls) == 9
+    assert report.read_summary(tmp_path)["recommendation"]["saturation_layer"] is None
+
+
+def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
+    assert run(digits_run, "--questions", 2, "--metrics", "attention") == 1
+    error = capsys.readouterr().err
+    assert "metrics=" in error
+    assert "--restart" in error
+    assert run(digits_run, "--questions", 2, "--seed", 1) == 1
+    assert "seed=0, but this run has 1" in capsys.readouterr().err
+    sample = analysis.Sample("0", (), "another question")
+    rows = [{"sample": "0", "question": "a question"}]
+    with pytest.raises(rule.AnalysisError, match="'a question', but the data now ask 'another question'"):
+        list(analysis.pending_samples([sample], rows, digits_run))
+
+
+def test_dense_and_dpvr_are_compared_in_the_same_plots(digits_run, dpvr_folder, tmp_path, capsys):
+    assert run(tmp_path / "no", dpvr_folder) == 1
+    assert "--trust-remote-code" in capsys.readouterr().err
+    options = ("--questions", 2, "--trust-remote-code", "--compare", digits_run, "--label", "DPVR")
+    assert run(tmp_path / "run", dpvr_folder, *options) == 0
+    summary, dense = report.read_summary(tmp_path / "run"), report.read_summary(digits_run)
+    assert summary["curves"]["attention"]["mean"][4:7] == [0, 0, 0]
+    assert summary["curves"]["withdrawal"]["mean"] == pytest.approx(dense["curves"]["withdrawal"]["mean"], rel=1e-2)
+    assert summary["recommendation"]["by_attention"] is None
+    own = summary["curves"]["routing_own"]["mean"]
+    assert [i for i, value in enumerate(own) if value is not None] == [4]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Dashed: tiny-llava" in page
+    for name in report.PLOTS:
+        svg = (tmp_path / "run" / f"{name}.svg").read_text()
+        assert "tiny-llava" in svg
+        assert "DPVR" in svg
+        assert "stroke-dasharray" in svg
+    assert run(tmp_path / "run", "--questions", 2, "--compare", tmp_path) == 1
+    assert "saturation.json cannot be read" in capsys.readouterr().err
+
+
+def write_pictures(folder, number):
+    for i in range(number):
+        Image.new("RGB", (40 + i, 30), (40 * i, 90, 10)).save(folder / f"{i}.png")
+
+
+def test_llavas_data_format_is_measured_with_its_answers(tmp_path, capsys):
+    write_pictures(tmp_path, 3)
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "seven"}]
+    entries = [{"id": f"e{i}", "image": f"{i}.png", "conversations": turns} for i in range(2)]
+    entries += [{"id": "two", "image": ["1.png", "2.png"], "conversations": turns}, {"conversations": turns}]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(entries))
+    options = ("--data", data, "--metrics", "attention,withdrawal", "--layers", "0,7", "--answers")
+    assert run(tmp_path / "run", *options) == 0
+    assert "1 entries" in capsys.readouterr().err
+    rows, summary = results(tmp_path / "run")
+    assert sorted(row["vision_tokens"] for row in rows) == [36, 36, 72]
+    assert all(row["question"] == "What is it?" for row in rows)
+    assert summary["settings"]["answers"] is True
+    assert summary["recommendation"]["saturation_layer"] is not None
+    entries[0]["conversations"] = turns[:1]
+    data.write_text(json.dumps(entries))
+    assert run(tmp_path / "run2", *options) == 1
+    assert "has no answer" in capsys.readouterr().err
+
+
+def test_question_files_and_folders_of_pictures_are_read(tmp_path):
+    write_pictures(tmp_path, 2)
+    (tmp_path / "1.txt").write_text("How many?\n")
+    found = {sample.id: sample.question for sample in analysis.folder_samples(tmp_path, "What?")}
+    assert found == {"0.png": "What?", "1.png": "How many?"}
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question_id": 5, "image": "0.png", "text": "Which?"}\n')
+    samples, without = analysis.llava_samples(questions, tmp_path)
+    assert [(s.id, s.question, s.answer) for s in samples] == [("0:5", "Which?", None)]
+    assert without == 0
+    args = analysis.make_parser().parse_args(["--data", str(tmp_path), "--samples", "1"])
+    every = analysis.make_parser().parse_args(["--data", str(tmp_path)])
+    assert analysis.choose_samples(args) == analysis.choose_samples(every)[:1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ('{"a": 1}', "holds a dict, not a list"),
+        ("[3]", "entry 0 is a int"),
+        ('[{"image": "0.png"}]', "entry 0 has neither conversations nor text"),
+        ('[{"image": "no.png", "text": "?"}]', "no.png, which is no file"),
+        ("[]", "holds no question"),
+    ],
+)
+def test_data_that_cannot_be_read_are_refused_by_name(content, message, tmp_path, capsys):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "data.json").write_text(content)
+    assert run(tmp_path / "run", "--data", tmp_path / "data.json") == 1
+    error = capsys.readouterr().err
+    assert "data.json" in error
+    assert message in error
+
+
+def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, monkeypatch):
+    assert run(tmp_path / "run", tmp_path) == 1
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert run(tmp_path / "run", "--questions", 1, "--layers", "3-9") == 1
+    assert "layer 9, but the decoder has 8" in capsys.readouterr().err
+    for wrong in (("--layers", "x"), ("--metrics", "colour"), ("--samples", "0")):
+        with pytest.raises(SystemExit):
+            run(tmp_path / "run", *wrong)
+    sample = analysis.choose_samples(SimpleNamespace(data=None, questions=1, seed=0, samples=1, answers=False))[0]
+    args = analysis.make_parser().parse_args(["--device", "cpu"])
+    model, processor = analysis.load_model(args)
+    prompt = analysis.make_prompt(model, processor, sample, with_answer=False)
+    analysis.check_backbone(model, prompt)
+    monkeypatch.setattr(metrics.Decoder, "run", lambda self, states, *_: states)
+    with pytest.raises(rule.AnalysisError, match="cannot be measured layer by layer"):
+        analysis.check_backbone(model, prompt)
+    model.config.text_config.sliding_window = 50
+    with pytest.raises(rule.AnalysisError, match=r"Sample 0: \d+ tokens exceed text_config.sliding_window=50"):
+        analysis.make_prompt(model, processor, sample, with_answer=False)
+
+
+def test_the_picture_under_the_map_is_what_the_vision_tower_sees():
+    args = analysis.make_parser().parse_args(["--device", "cpu", "--questions", "1"])
+    model, processor = analysis.load_model(args)
+    sample = analysis.choose_samples(args)[0]
+    picture = analysis.picture_of(analysis.make_prompt(model, processor, sample, False), processor)
+    assert np.abs(picture.astype(int) - np.asarray(sample.images[0]).astype(int)).max() <= 1
+
+
+# -------------------------------------------------------------------------------------------------------- converter
+
+
+def test_the_converter_takes_the_recommended_layer_and_its_reason(digits_run, tmp_path, capsys):
+    recommended = report.read_summary(digits_run)["recommendation"]
+    tiny = str(ROOT / "examples" / "tiny-llava")
+    options = ["--saturation-layer", "auto", "--analysis", str(digits_run)]
+    assert convert_main([tiny, str(tmp_path / "dpvr"), *options]) == 0
+    assert recommended["reason"] in capsys.readouterr().out
+    config = json.loads((tmp_path / "dpvr" / "config.json").read_text())
+    assert config["saturation_layer"] == recommended["saturation_layer"]
+
+
+def write_analysis(folder, num_layers=8, layer=3, reason="because"):
+    results = {
+        "settings": {"num_hidden_layers": num_layers},
+        "recommendation": {"saturation_layer": layer, "reason": reason},
+    }
+    (folder / "saturation.json").write_text(json.dumps(results))
+
+
+def test_the_converter_refuses_an_analysis_that_it_cannot_follow(tmp_path):
+    tiny, output = ROOT / "examples" / "tiny-llava", tmp_path / "dpvr"
+
+    def refusal(layer="auto", analysis=tmp_path, **options):
+        with pytest.raises(ConversionError) as error:
+            convert(tiny, output, saturation_layer=layer, analysis=analysis, dry_run=True, **options)
+        return str(error.value)
+
+    assert "go together" in refusal(analysis=None)
+    assert "go together" in refusal(layer=3)
+    assert "has no saturation.json" in refusal()
+    (tmp_path / "saturation.json").write_text("{}")
+    assert "it has no 'settings'" in refusal()
+    write_analysis(tmp_path, num_layers=32)
+    assert "a decoder of 32 layers, but the source has 8" in refusal()
+    write_analysis(tmp_path, layer=None)
+    assert "recommends no layer: because" in refusal()
+    write_analysis(tmp_path, layer=3)
+    adapter = ROOT / "examples" / "dpvr-tiny-adapter"
+    assert "trained with saturation layer 4, but 3 was asked for" in refusal(adapter=adapter)
+    summary = convert(tiny, output, saturation_layer="auto", analysis=tmp_path, dry_run=True)
+    assert (summary.saturation_layer, "because" in summary.saturation_reason) == (3, True)
