@@ -34,6 +34,8 @@ def build_server(*args, **kwargs):
 build_plain_server = server.build_server
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
     server.build_server = build_server
     sys.argv.insert(1, "serve")
     command_line.main()

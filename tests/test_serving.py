@@ -120,7 +120,7 @@ def test_transformers_chat_talks_to_the_server(server, folder):
     ]
     result = subprocess.run(
         [*command, "max_new_tokens=4"],
-        input="Read row 2.\n!exit\n",
+        input="Read row 2.\nN\n!exit\n",  # N: do not go on where the limit of tokens was reached
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server[0].split("/v1")[0]},  # loopback only
         capture_output=True,
