@@ -58,6 +58,12 @@ class DPVRTests:
     def test_num_layers_is_small(self):
         self.skipTest("Four layers, not two: of two, one would be joint and one fusion, and none text-only.")
 
+    def test_generate_with_quant_cache(self):
+        self.skipTest(
+            "It wants every layer of the cache quantized. Which token a slot holds cannot be rounded, so those layers are "
+            "whole. tests/test_scaling.py compares the tokens with LLaVA's."
+        )
+
 
 class LlavaForConditionalGenerationModelTest(llava.LlavaForConditionalGenerationModelTest):
     pass
