@@ -60,8 +60,8 @@ class DPVRTests:
 
     def test_generate_with_quant_cache(self):
         self.skipTest(
-            "It wants every layer of the cache quantized. Which token a slot holds cannot be rounded, so those layers are "
-            "whole. tests/test_scaling.py compares the tokens with LLaVA's."
+            "It wants every layer of the cache quantized. Which token a slot holds cannot be rounded, so those layers "
+            "are whole. tests/test_scaling.py compares the tokens with LLaVA's."
         )
 
 
