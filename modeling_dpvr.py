@@ -309,20 +309,20 @@ def stream_arguments(plan: StreamPlan, **kwargs) -> dict:
     return {"attention_mask": plan.mask, "position_embeddings": plan.rotary, CACHE: plan.cache, **kwargs}
 
 
-def run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, arguments: dict) -> torch.Tensor:
+def run_layers(layers: list[nn.Module] | nn.ModuleList, hidden_states: torch.Tensor, arguments: dict) -> torch.Tensor:
     for layer in layers:
         hidden_states = layer(hidden_states, **arguments)
     return hidden_states
 
 
 def run_stream(
-    layers: nn.ModuleList | SideBranch, hidden_states: torch.Tensor, plan: StreamPlan | None, **kwargs
+    layers: list[nn.Module] | SideBranch, hidden_states: torch.Tensor, plan: StreamPlan | None, **kwargs
 ) -> torch.Tensor:
     """`hidden_states` `(B, T, D)` whose tokens of one stream have passed `layers`; the others stay as they are."""
     if plan is None:
         return hidden_states
     states = plan.stream.take(hidden_states)
-    if isinstance(layers, nn.ModuleList):
+    if isinstance(layers, list):
         states = run_layers(layers, states, stream_arguments(plan, **kwargs))
     else:  # as a module, for hooks and wrappers
         states = layers(states, plan, **kwargs)
@@ -398,10 +398,9 @@ def route(
     return BaseModelOutputWithPast(decoder.norm(hidden_states), call.cache)
 
 
-def split_layers(decoder: nn.Module, config: DPVRConfig) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
+def split_layers(decoder: nn.Module, config: DPVRConfig) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
     """Joint, text-only and fusion layers of the decoder."""
-    saturation, fusion = config.saturation_layer, config.first_fusion_layer
-    layers = decoder.layers[: config.text_config.num_hidden_layers]
+    saturation, fusion, layers = config.saturation_layer, config.first_fusion_layer, list(decoder.layers)
     return layers[:saturation], layers[saturation:fusion], layers[fusion:]
 
 
@@ -753,16 +752,16 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             is_ragged = layer.is_ragged = is_ragged or getattr(layer, "is_ragged", True)
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             mask = select_mask(mask, stream.columns, slots)
-        else:
+        elif is_ragged or mask is not None:  # else the backend needs no mask for the stream either
             is_visible = slots > 0
             if call.padding_mask is not None:
                 is_visible = is_visible & call.padding_mask.gather(1, (slots - 1).clamp(min=0)).bool()
             mask = create_causal_mask(
                 config=self.language_model.config,
                 inputs_embeds=stream.take(hidden_states[..., :0]),
-                attention_mask=is_visible if is_ragged or mask is not None else None,
+                attention_mask=is_visible,
                 layer_idx=layer_idx,
-                allow_is_causal_skip=not is_ragged,  # what is known need not be looked up on the device
+                allow_is_causal_skip=False,  # what is known need not be looked up on the device
                 **{CACHE: cache},
             )
         return StreamPlan(stream, tuple(stream.take(x) for x in call.rotary), mask, slots, cache)
