@@ -174,7 +174,7 @@ def test_arrays_and_tensors_give_the_pixels_of_the_image_they_hold():
 
 def test_float_images_are_refused_where_the_padding_colour_would_be_wrong():
     image = torch.rand(3, 4, 9)
-    with pytest.raises(ValueError, match=r"Image 1 is of torch.float32.*uint8.*do_pad=False"):
+    with pytest.raises(ValueError, match=r"Image 1 of prompt 0 is of float32.*uint8.*do_pad=False"):
         PROCESSOR(images=[IMAGE_1, image], text="<image><image>")
     inputs = PROCESSOR(images=image, text="<image>", do_pad=False, do_rescale=False, return_tensors="pt")
     assert inputs.pixel_values.shape == (1, 3, SIZE, SIZE)
@@ -250,7 +250,7 @@ def test_system_message_replaces_the_default_sentence(system):
     ],
 )
 def test_template_refuses_what_llava_has_no_form_for(messages, error):
-    with pytest.raises(Exception, match=error):
+    with pytest.raises(ValueError, match=error):
         PROCESSOR.apply_chat_template(messages)
 
 
@@ -392,7 +392,7 @@ def broken_image_files(folder) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["cut.png", "text.png", "missing.png"])
 def test_unreadable_image_file_is_named(name, tmp_path):
     path = broken_image_files(tmp_path)[name]
-    with pytest.raises(ValueError, match="Image 1 cannot be read"):
+    with pytest.raises(ValueError, match="Image 1 of prompt 0 cannot be read"):
         PROCESSOR(images=[IMAGE_1, path], text="<image><image>")
     with pytest.raises(ValueError, match="Image 0 of prompt 1 cannot be read"):
         PROCESSOR(images=[[IMAGE_1], [path]], text=["<image>", "<image>"])
@@ -400,13 +400,17 @@ def test_unreadable_image_file_is_named(name, tmp_path):
 
 def test_image_that_breaks_while_it_is_decoded_is_named(tmp_path):
     path = broken_image_files(tmp_path)["cut.png"]
-    with Image.open(path) as image, pytest.raises(ValueError, match="Image 1 cannot be read"):
+    with Image.open(path) as image, pytest.raises(ValueError, match="Image 1 of prompt 0 cannot be read"):
         PROCESSOR(images=[IMAGE_1, image], text="<image><image>")
 
 
 @pytest.mark.parametrize(
     ("image", "error"),
-    [(b"x", "Image 1 is a bytes"), (3, "Image 1 is a int"), (np.zeros((0, 4, 3), np.uint8), "Image 1 has no pixels")],
+    [
+        (b"x", "Image 1 of prompt 0 is a bytes"),
+        (3, "Image 1 of prompt 0 is a int"),
+        (np.zeros((0, 4, 3), np.uint8), "Image 1 of prompt 0 has no pixels"),
+    ],
 )
 def test_what_is_no_image_is_named(image, error):
     with pytest.raises(ValueError, match=error):
