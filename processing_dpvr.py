@@ -182,6 +182,8 @@ def _check_content(message, name: str, typed: str | None) -> None:
     for index, part in enumerate(content):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise ValueError(f"Part {index} of {name} is not a dict with a `type`, but {_shorten(repr(part))}.")
+        if part["type"] in ("audio", "video"):
+            raise ValueError(f"Part {index} of {name} is of type {part['type']}; give text and images only.")
         if part["type"] != "text":
             continue
         if not isinstance(part.get("text"), str):
