@@ -172,7 +172,7 @@ def _check_prompts(text: list) -> None:
 
 def _check_content(message, name: str, typed: str | None) -> None:
     """Refuses a message that is no message, and the string `typed` in a text part. `name` is as in "message 0"."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    if not hasattr(message, "items") or not isinstance(message.get("role"), str):
         raise ValueError(f"The {name} is not a dict with a `role` and `content`, but {_shorten(repr(message))}.")
     content = message.get("content")
     if content is None or isinstance(content, str):
@@ -180,7 +180,7 @@ def _check_content(message, name: str, typed: str | None) -> None:
     if not isinstance(content, (list, tuple)):
         raise ValueError(f"The {name} has a {type(content).__name__} for `content`; give a string or a list of parts.")
     for index, part in enumerate(content):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        if not hasattr(part, "items") or not isinstance(part.get("type"), str):
             raise ValueError(f"Part {index} of {name} is not a dict with a `type`, but {_shorten(repr(part))}.")
         if part["type"] in ("audio", "video"):
             raise ValueError(f"Part {index} of {name} is of type {part['type']}; give text and images only.")
@@ -209,9 +209,7 @@ def _check_conversations(conversation, typed: str | None) -> None:
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"Conversation {row} is {_shorten(repr(messages))}; give a list of at least one message.")
         for index, message in enumerate(messages):
-            # Objects of clients' libraries are for transformers to convert
-            if isinstance(message, (dict, str, int, float, list, tuple, type(None))):
-                _check_content(message, f"message {index} of conversation {row}", typed)
+            _check_content(message, f"message {index} of conversation {row}", typed)
 
 
 def _with_square_padding(image_processor) -> LlavaImageProcessorPil:
