@@ -81,12 +81,12 @@ def _decode(image, name: str, max_pixels: int):
     """A picture or its source as an upright RGB picture of 8 bits a channel, made so as the original LLaVA does, by
     dropping alpha."""
     if is_pil_image(image):
-        if image.mode in ("I", "F"):
-            raise ValueError(f"{name} is of mode {image.mode}, whose values have no set range. Convert it to RGB.")
+        if image.mode[0] in "IF" and image.mode != "I;16":
+            raise ValueError(f"{name} is of mode {image.mode}, whose range is not known here. Convert it to RGB.")
         if image.width * image.height > max_pixels:
             raise ValueError(f"{name} is {image.width} x {image.height} pixels, more than {max_pixels:,}.")
     try:
-        if is_pil_image(image) and image.mode.startswith("I;16"):
+        if is_pil_image(image) and image.mode == "I;16":
             image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut what is above 255
         image = load_image(image, timeout=DOWNLOAD_SECONDS)  # decodes: the first moment at which a broken one shows
     except Exception as error:  # codecs and networks fail in ways that have no common class
@@ -259,8 +259,9 @@ class DPVRProcessor(LlavaProcessor):
     """
 
     return_mm_token_type_ids = True
-    # As many as Pillow opens. An image may have no more, nor may it grow to more where it is padded or resized.
-    max_image_pixels = 178_956_970
+    # As many as Pillow opens without a warning (it opens none of twice as many). An image may have no more, nor may it
+    # grow to more where it is padded or resized.
+    max_image_pixels = 89_478_485
 
     def __init__(
         self,
@@ -409,6 +410,7 @@ class DPVRProcessor(LlavaProcessor):
                 for name, image in _named(images)
             ]
             images = _deal(read, list(map(len, images))) if _is_nested(images) else read
+            images = images if read else None  # a list or an array of none
         return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, **kwargs):

@@ -108,7 +108,7 @@ class Source:
     """Bytes of a file, and the form in which they are given."""
 
     def __init__(self, data: bytes, form: str):
-        self.data, self.form = data, form
+        self.data, self.form, self.path = data, form, None
 
     def __repr__(self) -> str:
         return f"Source({self.data!r}, {self.form!r})"
@@ -122,9 +122,9 @@ class Source:
                 return Image.open(io.BytesIO(self.data))
             except Exception:  # what a caller would have seen himself
                 pass
-        path = folder / hashlib.sha256(self.data).hexdigest()
-        path.write_bytes(self.data)
-        return str(path)
+        self.path = folder / hashlib.sha256(self.data).hexdigest()
+        self.path.write_bytes(self.data)
+        return str(self.path)
 
 
 def is_no_address(text: str) -> bool:
@@ -150,18 +150,15 @@ pieces = st.one_of(
     ),
     *[st.sampled_from(["a ", "b", " <", "image", "é", "\U0001f600"])] * 4,
 )
-prompts = st.builds(
-    lambda pieces, repeat: "".join(pieces) * repeat,
-    st.lists(pieces, max_size=5),
-    st.sampled_from([1] * 30 + [200]),
-)
+short_prompts = st.lists(pieces, max_size=5).map("".join)
+prompts = st.builds(lambda prompt, repeat: prompt * repeat, short_prompts, st.sampled_from([1] * 30 + [200]))
 texts = st.one_of(prompts, st.lists(prompts, max_size=3), st.lists(st.one_of(prompts, junk), max_size=3), junk)
 
 
 @st.composite
 def matching_calls(draw) -> tuple:
     """Prompts with as many images as they want, some of which are broken: what gets furthest."""
-    rows = draw(st.lists(prompts, min_size=1, max_size=3))
+    rows = draw(st.lists(short_prompts, min_size=1, max_size=3))
     fitting = [[draw(st.one_of(good, sources, arrays())) for _ in range(row.count("<image>"))] for row in rows]
     return (fitting if draw(st.booleans()) else [image for row in fitting for image in row]), rows
 
@@ -235,7 +232,8 @@ def flat_images(value) -> list:
 def expected_pixels(value) -> np.ndarray | None:
     """What the original's pipeline makes of an image, upright; None for arrays and 16-bit pictures."""
     if isinstance(value, Source):
-        with Image.open(io.BytesIO(value.data)) as opened:
+        # As given: Pillow 13.0 turns an uncompressed TIFF read from memory, and not the same file opened by its path
+        with Image.open(value.path or io.BytesIO(value.data)) as opened:
             if opened.mode.startswith("I"):
                 return None
             return original_pixels(ImageOps.exif_transpose(opened).convert("RGB"), SIZE)
@@ -311,9 +309,8 @@ class ProcessorFuzz:
             check_answer(self.processor, *answer)
             self.outcomes[f"{kind}, answered"] += 1
             return
-        assert reason.endswith((".", ")", "'", "]", "DPVRProcessor")) or "cannot be read" in reason, (
-            f"no sentence: {reason}"
-        )
+        is_sentence = reason.endswith((".", "DPVRProcessor")) or "cannot be read" in reason
+        assert is_sentence, reason
         self.outcomes[f"{kind}, refused"] += 1
         assert self.good_request() == self.reference
 
