@@ -1,4 +1,4 @@
-"""Bad, odd and many requests: each is answered rightly or refused with a sentence, and the next is answered as ever."""
+"""Bad, odd and many requests: each is answered rightly or refused with a sentence, and the next is as ever."""
 
 import base64
 import gc
@@ -37,9 +37,10 @@ def model():
     return model
 
 
-def answer(model, images=(None, [GOOD], [GOOD, noise(5, 6)]), text=("a", "<image>b", "<image><image>c")):
-    """Three greedy tokens for each prompt."""
-    inputs = PROCESSOR(images=list(images), text=list(text), padding=True, return_tensors="pt")
+def answer(model, images=None, text=("a", "<image>b", "<image><image>c")):
+    """Three greedy tokens for each prompt, by default for good ones."""
+    images = images or [None, [GOOD], [GOOD, noise(5, 6)]]
+    inputs = PROCESSOR(images=images, text=list(text), padding=True, return_tensors="pt")
     return model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
 
 
@@ -272,11 +273,10 @@ BAD_CALLS = {
     "a surrogate": (None, ["a", "b\ud83d"], r"Prompt 1 holds '\\ud83d' at position 1"),
     "too long": (None, ["a", "b" * 300], "Prompt 1 has 301 tokens, more than the 300 of the context"),
     "images too many for the context": ([None, [GOOD] * 75], ["a", "<image>" * 75], "Prompt 1 has 301 tokens"),
-    "images broken by truncation": (None, ["a", "b"], None),
 }
 
 
-@pytest.mark.parametrize("name", [name for name, case in BAD_CALLS.items() if case[2]])
+@pytest.mark.parametrize("name", BAD_CALLS)
 def test_a_bad_prompt_is_refused_with_its_row_and_the_next_request_is_answered(name, model, usual):
     images, text, message = BAD_CALLS[name]
     for padding in (False, True):
@@ -362,10 +362,10 @@ def test_a_bad_conversation_is_refused_and_the_pipeline_answers_the_next(name, m
     good = chat({"type": "image", "image": GOOD}, {"type": "text", "text": "a"})
     options = {"max_new_tokens": 3, "return_full_text": False, "do_sample": False}
     expected = pipe(text=good, **options)
-    if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
-        if "role" in conversation[0]:  # what the pipeline takes for a chat at all
-            with pytest.raises(ValueError, match=message):
-                pipe(text=conversation, **options)
+    is_chat = isinstance(conversation, list) and conversation and isinstance(conversation[0], dict)
+    if is_chat and "role" in conversation[0]:  # what the pipeline takes for a chat at all
+        with pytest.raises(ValueError, match=message):
+            pipe(text=conversation, **options)
     assert pipe(text=good, **options) == expected
 
 
@@ -429,10 +429,8 @@ def test_the_soak_writes_what_it_saw_and_finds_answers_that_change(tmp_path, mon
 
 def test_growth_is_found_and_a_step_of_the_allocator_is_none():
     calls = list(range(0, 10_001, 100))
-    noise_bytes = np.random.default_rng(0).integers(0, 50_000, len(calls))
-    flat = [
-        int(500_000_000 + 4_000_000 * (call > 4000) + extra) for call, extra in zip(calls, noise_bytes, strict=True)
-    ]
+    jitter = np.random.default_rng(0).integers(0, 50_000, len(calls))
+    flat = [500_000_000 + 4_000_000 * (call > 4000) + int(extra) for call, extra in zip(calls, jitter, strict=True)]
     warm = [value - 30_000_000 * (call < 1500) for call, value in zip(calls, flat, strict=True)]
     leak = [value + 500 * call for call, value in zip(calls, flat, strict=True)]
     same = [1000] * len(calls)
