@@ -4,7 +4,6 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
 
 from benchmarks import report
 from benchmarks.tables import markdown
