@@ -26,6 +26,7 @@ test: $(VENV)/.installed
 
 test-eval: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lm-eval==0.4.13 lmms-eval==0.7.3
 	$(VENV)/bin/python -m pytest tests/test_evaluation.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed

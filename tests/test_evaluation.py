@@ -1,6 +1,6 @@
 """lm-evaluation-harness and lmms-eval, as published and unpatched, give a converted folder the accuracies that it has.
 
-Runs where they are installed (requirements-eval.txt); takes a minute.
+Runs where they are installed (`make test-eval`); takes a minute.
 """
 
 import json
@@ -28,9 +28,7 @@ LAYER_THAT_LOSES_ACCURACY = 3  # with an untrained side branch: some answers are
 
 
 def needs(package: str):
-    return pytest.mark.skipif(
-        find_spec(package) is None, reason=f"{package} is not installed: pip install -r requirements-eval.txt"
-    )
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed: make test-eval")
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +100,14 @@ def test_lmms_eval_gives_the_answers_and_accuracies_of_the_scripts(folder):
     )
     assert (answers, accuracies) == own_answers(folder / "dpvr", torch.bfloat16)  # it loads every model in bf16
     assert 0 < accuracies["accuracy"] < 1
+
+
+@needs("lmms_eval")
+def test_the_benchmarks_of_the_readme_are_tasks_of_lmms_eval_with_these_metrics():
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import load_yaml_config
+
+    tasks = TaskManager().task_index
+    for row in json.loads((TASKS / "published.json").read_text())["benchmarks"].values():
+        config = load_yaml_config(tasks[row["task"]]["yaml_path"], mode="full")
+        assert row["metric"] in [metric["metric"] for metric in config["metric_list"]]
