@@ -279,9 +279,9 @@ def posing_as_weights(path: Path) -> str | None:
     return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), None)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=64)
 def load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .bin file, mapped into memory. The last file stays open, until `cache_clear`."""
+    """Tensors of a .bin file, mapped into memory until `cache_clear`."""
     kind = posing_as_weights(path)
     if kind != "a zip archive":  # torch.save writes one
         what = f"it is {kind}" if kind else "it is no archive of torch.save"
