@@ -43,8 +43,7 @@ def assert_converted_or_refused(source, originals, changed: dict[str, bytes]) ->
         before = contents(source)
         try:
             convert(source, output)
-        except ConversionError as error:
-            assert str(error)
+        except ConversionError:
             assert not output.exists()
         else:
             shutil.rmtree(output)

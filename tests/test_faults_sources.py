@@ -133,7 +133,10 @@ SAFETENSORS = {
     "length too small": (state_length(40), rf"{FILE} .* header is not valid JSON"),
     "overlap": (edit_header(lambda header: shift(header, -4, -4)), rf"{FILE}: .* begins at byte \d+, which overlaps"),
     "gap": (edit_header(lambda header: shift(header, 4, 4)), rf"{FILE}: {UP} begins at byte \d+, which leaves a gap"),
-    "past the end": (edit_header(lambda header: shift(header, 2**40, 2**40)), rf"{FILE}: {UP} begins at byte \d+"),
+    "past the end": (
+        edit_header(lambda header: shift(header, 2**40, 2**40)),
+        rf"{FILE}: {UP} spans bytes \d+ to \d+, but there are only \d+",
+    ),
     "negative offset": (edit_entry(data_offsets=[-4, 6140]), rf"{FILE}: {UP} has data_offsets \[-4, 6140\]"),
     "three offsets": (edit_entry(data_offsets=[0, 1, 2]), rf"{FILE}: {UP} has data_offsets \[0, 1, 2\]"),
     "offsets reversed": (
