@@ -34,6 +34,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -137,11 +138,18 @@ def add_adapter(
     else:
         raise AdapterError(f'lora={lora!r} is neither None, "fusion" nor a config of PEFT.')
     _check_name_is_free(model, name)
-    if not isinstance(model, PeftModel):
-        return get_peft_model(model, peft_config, adapter_name=name)
-    model.add_adapter(name, peft_config)
+    model = _inject(model, peft_config, name)
     model.set_adapter(name)
     return model
+
+
+def _inject(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # LN tuning asks for a width, and uses it nowhere
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter_name=name)
+        model.add_adapter(name, config)
+        return model
 
 
 def _check_is_dpvr(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -362,16 +370,41 @@ def load_adapter(
     path = adapter_path(adapter, subfolder, **download)
     check_adapter(path, model)
     _check_name_is_free(model, name)
-    if path.name != WEIGHTS_FILE or not (path.parent / CONFIG_FILE).is_file():
-        model = add_adapter(model, name=name)
-        weights = {_tuned(branch_name(key)): weight for key, weight in load_file(path).items()}
-        set_peft_model_state_dict(model, weights, adapter_name=name)
-    elif isinstance(model, PeftModel):
-        model.load_adapter(str(path.parent), adapter_name=name, is_trainable=is_trainable)
+    weights = load_file(path)
+    if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+        config = PeftConfig.from_pretrained(str(path.parent))
     else:
-        model = PeftModel.from_pretrained(model, str(path.parent), adapter_name=name, is_trainable=is_trainable)
+        config = LNTuningConfig(target_modules=BRANCH_LEAVES)
+        weights = {_tuned(branch_name(key)): weight for key, weight in weights.items()}
+    config.inference_mode = not is_trainable
+    was_adapted = isinstance(model, PeftModel)
+    model = _inject(model, config, name)
+    try:
+        _set_weights(model, weights, name, path)
+    except BaseException:
+        model.delete_adapter(name) if was_adapted else model.unload()
+        raise
     model.set_adapter(name, inference_mode=not is_trainable)
-    return model
+    return model if is_trainable else model.eval()
+
+
+def _set_weights(model: PeftModel, weights: dict[str, torch.Tensor], name: str, path: Path) -> None:
+    """Not by `PeftModel.from_pretrained`, which takes a base apart that is partly offloaded to disk, and writes its
+    weights to disk once more."""
+    offloaded = [key for key, weight in model.named_parameters() if weight.is_meta and f".{name}." in key]
+    if offloaded:
+        raise AdapterError(
+            f"{path}: {offloaded[0]} belongs to a layer that is offloaded. Load the base with that layer on a device."
+        )
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:  # shapes, listed by torch
+        raise AdapterError(f"{path} does not fit the model: {error}") from error
+    if result.unexpected_keys:
+        raise AdapterError(f"{path}: the model has no place for {', '.join(sorted(result.unexpected_keys))}.")
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing:
+        raise AdapterError(f"{path} lacks {', '.join(sorted(missing))}.")
 
 
 def _tuned(name: str) -> str:
