@@ -54,8 +54,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from convert_llava_to_dpvr import build_processor, choose_saturation_layer, is_bare_template, make_dpvr_config
+from convert_llava_to_dpvr import choose_saturation_layer, make_dpvr_config
 from processing_dpvr import DPVRProcessor
+from read_llava import build_processor, is_bare_template
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = "adapter_config.json", "adapter_model.safetensors", "side_branch.safetensors"
@@ -106,6 +107,7 @@ def _with_side_branch(config: PeftConfig) -> PeftConfig:
     if not {"modules_to_save", "exclude_modules"} <= set(config.to_dict()):
         raise AdapterError(f"{type(config).__name__} cannot save the side branch: it takes no modules_to_save.")
     config = copy.deepcopy(config)
+    config.inference_mode = False  # as one that was read from a folder says
     config.modules_to_save = sorted({*(config.modules_to_save or []), "side_branch"})
     excluded = config.exclude_modules or []
     patterns = [excluded] if isinstance(excluded, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded)]
@@ -175,19 +177,23 @@ def _check_name_is_free(model: PreTrainedModel | PeftModel, name: str) -> None:
 # ---------------------------------------------------------------------------------------------- what it belongs to
 
 
-def base_state(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """The base model's own weights by the names that they have in a checkpoint, whatever adapters surround them."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+def base_state(
+    model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The base model's own weights by the names that they have in a checkpoint, whatever adapters surround them. They
+    are those of `state_dict`, if one of `model` is given."""
     return {
-        re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): weight
-        for name, weight in base.state_dict().items()
+        re.sub(r"\.(base_layer|original_module)(?=\.)", "", name.removeprefix("base_model.model.")): weight
+        for name, weight in (state_dict or model.state_dict()).items()
         if not re.search(r"\.(ln_tuning_layers|modules_to_save|lora_\w+)\.", name)
     }
 
 
-def sample_base(model: PreTrainedModel | PeftModel) -> dict[str, list[float]]:
+def sample_base(
+    model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, list[float]]:
     """The first values of a few weights of the base model, without those that are quantized or not in memory."""
-    state, sample = base_state(model), {}
+    state, sample = base_state(model, state_dict), {}
     for name in SAMPLED:
         weight = state.get(name)
         weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
@@ -303,7 +309,7 @@ def save_adapter(
         "format": "pt",
         **describe(model.get_base_model().config),
         "base_model": base,
-        "base_sample": json.dumps(sample_base(model)),
+        "base_sample": json.dumps(sample_base(model, state_dict)),
     }
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
         save_file(weights, Path(staging, WEIGHTS_FILE), metadata)
