@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
                 is_write = self.command in ("POST", "PUT")
                 if is_write and self.headers.get("Authorization") != f"Bearer {TOKEN}" and "/lfs/" not in path:
                     return self.send(401, {"error": "Invalid username or password."})
-                return method(self, body, *match.groups())
+                return method(self, body, *(group for group in match.groups() if group is not None))
         return self.send(404, {"error": f"{line} is not spoken here"})
 
     do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815
@@ -145,13 +145,16 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in found[1]]
         return self.send(200, {"id": repo, "sha": found[0], "private": False, "siblings": siblings, "tags": []})
 
-    def tree(self, body: bytes, repo: str, revision: str) -> None:
+    def tree(self, body: bytes, repo: str, revision: str, folder: str = "") -> None:
         if (found := self.server.find(repo, revision)) is None:
             return self.send(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         files = [
             {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for path, content in found[1].items()
+            if path.startswith(folder.removeprefix("/"))
         ]
+        if folder and not files:
+            return self.send(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
         return self.send(200, files)
 
     def resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
@@ -171,7 +174,7 @@ ROUTES = [
     (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.batch),
     (rf"PUT /{REPO}/lfs/(\w+)", Handler.store),
     (rf"POST /api/models/{REPO}/commit/(.+)", Handler.commit),
-    (rf"GET /api/models/{REPO}/tree/([^/]+).*", Handler.tree),
+    (rf"GET /api/models/{REPO}/tree/([^/]+)(/.*)?", Handler.tree),
     (rf"GET /api/models/{REPO}/revision/(.+)", Handler.info),
     (rf"GET /api/models/{REPO}", Handler.info),
     (rf"(?:GET|HEAD) /{REPO}/resolve/([^/]+)/(.+)", Handler.resolve),

@@ -84,7 +84,8 @@ from scripts.push_to_hub import main
 
 def push(label, *arguments):
     print(f"== {label}", file=sys.stderr, flush=True)
-    print(f"== {label}\\n{main(list(arguments))}", flush=True)
+    print(f"== {label}")
+    print(main(list(arguments)), flush=True)
 
 dpvr, adapter = f"{sys.argv[2]}/dpvr", f"{sys.argv[2]}/adapter"
 push("checkpoint", dpvr, "org/dpvr")
