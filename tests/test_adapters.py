@@ -428,3 +428,26 @@ def test_base_state_names_weights_as_a_checkpoint_does():
     names = set(make_base().state_dict())
     assert set(base_state(add_adapter(make_base()))) == names
     assert set(base_state(add_adapter(make_base(), "fusion"))) == names
+
+
+@pytest.mark.parametrize("kind", ["side branch", "fusion"])
+def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(kind, tmp_path, capsys):
+    from scripts.merge_adapter import main
+
+    tiny = ROOT / "examples" / "tiny-llava"
+    model = add_adapter(from_llava(tiny, saturation_layer=4), KINDS[kind])
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.normal_(0, 0.1)
+    save_adapter(model, tmp_path / "adapter", str(tiny))
+    assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    expected = merge_adapter(model).state_dict()
+    loaded = DPVRForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype="auto")
+    for name, weight in loaded.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-3, rtol=1e-3)
+    assert {"processor_config.json", "processing_dpvr.py"} <= {path.name for path in (tmp_path / "merged").iterdir()}
+    assert main([str(tmp_path / "merged"), str(tmp_path / "adapter"), str(tmp_path / "again")]) == 0
+    assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert main([str(tiny), str(tmp_path / "absent"), str(tmp_path / "none")]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged", "again"}
