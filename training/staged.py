@@ -21,8 +21,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 IGNORED = -100  # the label of a token without a loss, as everywhere in transformers
+# Backbones whose keys are what `k_proj` and the rotation make of a hidden state, nothing else
+PLAIN_KEYS = ("llama", "mistral", "qwen2")
 
 
 @dataclass
@@ -181,7 +186,9 @@ class StagedModel(nn.Module):
     ) -> "EmbeddedBatch":
         core = self.core
         embeddings = core.get_input_embeddings()(input_ids)
-        is_vision = mm_token_type_ids == 1 if mm_token_type_ids is not None else input_ids == core.config.image_token_id
+        is_vision = (
+            mm_token_type_ids == 1 if mm_token_type_ids is not None else input_ids == core.config.image_token_id
+        )
         if pixel_values is None:
             is_vision = torch.zeros_like(is_vision)
             if self.is_sharded:  # every process must ask for the shards of the tower, or the others wait for ever
@@ -191,7 +198,7 @@ class StagedModel(nn.Module):
             image_features = core.encode_images(pixel_values.to(embeddings.dtype), None)
             embeddings = self.code.insert_image_features(embeddings, is_vision, image_features)
         call, text, _ = core.plan_call(embeddings, is_vision, attention_mask, None)
-        arguments = self.code.joint_arguments(core.language_model, embeddings, call)
+        arguments = joint_arguments(core.language_model, embeddings, call)
         return EmbeddedBatch(embeddings, is_vision, text, arguments)
 
     def run_joint(self, batch: "EmbeddedBatch") -> torch.Tensor:
@@ -215,18 +222,84 @@ class StagedModel(nn.Module):
 
     @property
     def is_sharded(self) -> bool:
-        return any(isinstance(weight, DTensor) for weight in self.core.vision_tower.parameters())
+        return any(isinstance(weight, DTensor) for weight in self.base.parameters())
 
     # --- the part that trains
 
     def answer_states(self, features: Features) -> torch.Tensor:
-        """Final states `(N, D)`, after the norm, of the tokens that predict the answers."""
+        """Final states `(N, D)`, after the norm, of the tokens that predict the answers. Of the last layer, other
+        tokens need their keys and values only."""
         core, decoder = self.core, self.core.language_model
         call, _, vision = core.plan_call(features.hidden_states, features.is_vision, features.attention_mask, None)
         states = self.code.run_stream(core.side_branch, features.hidden_states, vision)
-        arguments = self.code.joint_arguments(decoder, states, call)
-        states = self.code.run_layers(self.layers()[2], states, arguments)
-        return decoder.norm(states[predicts(features.labels)])
+        *fusion_layers, last = self.layers()[2]
+        if fusion_layers or not self.can_skip(last):
+            arguments = joint_arguments(decoder, states, call)
+        states = self.code.run_layers(fusion_layers, states, arguments) if fusion_layers else states
+        read = predicts(features.labels)
+        if self.can_skip(last):
+            states = run_where_read(last, states, read, features.attention_mask.bool(), call.rotary)
+        else:
+            states = last(states, **arguments)[read]
+        return decoder.norm(states)
+
+    def can_skip(self, layer: nn.Module) -> bool:
+        """Whether the parts of `layer` may be called one by one: not where something else runs its `forward` (weights
+        that come and go with it, gradient checkpointing), nor with an attention that takes no mask of any form."""
+        config = self.core.language_model.config
+        is_wrapped = "forward" in vars(layer) or any(isinstance(weight, DTensor) for weight in layer.parameters())
+        is_checkpointed = layer.training and layer.gradient_checkpointing
+        is_plain = config.model_type in PLAIN_KEYS and config._attn_implementation in ("sdpa", "eager")
+        return is_plain and not is_wrapped and not is_checkpointed
+
+
+def joint_arguments(decoder: nn.Module, hidden_states: torch.Tensor, call) -> dict:
+    """Arguments of the layers that see all tokens of `call`. hidden_states `(B, T, D)`."""
+    mask = create_causal_mask(decoder.config, hidden_states, call.attention_mask, None, position_ids=call.position_ids)
+    return {"attention_mask": mask, "position_embeddings": call.rotary, "position_ids": call.position_ids}
+
+
+def pack(belongs: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """Columns of the tokens where `belongs` `(B, T)` is True, packed to the right, and which of them are no padding."""
+    width = int(belongs.sum(-1).amax())
+    index = belongs.to(torch.uint8).argsort(dim=-1, stable=True)[:, belongs.shape[1] - width :]
+    return index, belongs.gather(1, index)
+
+
+def take(tensor: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+    """Columns of `(B or 1, T, D)`: `(B, N, D)`."""
+    return tensor.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def run_where_read(
+    layer: nn.Module,
+    states: torch.Tensor,
+    read: torch.BoolTensor,
+    is_token: torch.BoolTensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """What a decoder layer makes of `states` `(B, T, D)` where `read` `(B, T)`: `(N, D)`, row after row. The other
+    tokens, where `is_token`, give it keys and values."""
+    (others, is_other), (index, valid) = pack(is_token & ~read), pack(read)
+    attention, hidden = layer.self_attn, layer.input_layernorm(take(states, others))
+    shape = (*hidden.shape[:-1], -1, attention.head_dim)
+    keys = attention.k_proj(hidden).view(shape).transpose(1, 2)
+    values = attention.v_proj(hidden).view(shape).transpose(1, 2)
+    _, keys = apply_rotary_pos_emb(keys[:, :0], keys, *(take(x, others) for x in rotary))
+    cache = DynamicCache()
+    cache.update(keys, values, attention.layer_idx)
+    visible = torch.cat([is_other, valid], 1)[:, None] & (torch.cat([others, index], 1)[:, None] <= index[..., None])
+    visible |= ~valid[..., None]  # a row of the mask that hides everything would give NaN
+    mask = visible[:, None]
+    if attention.config._attn_implementation == "eager":
+        mask = torch.where(mask, 0.0, torch.finfo(states.dtype).min).to(states.dtype)
+    outputs = layer(
+        take(states, index),
+        attention_mask=mask,
+        position_embeddings=tuple(take(x, index) for x in rotary),
+        past_key_values=cache,
+    )
+    return outputs[valid]
 
 
 @dataclass
