@@ -298,7 +298,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="examples:\n"
         "  python benchmarks/side_branch_seeds.py --saturation-layers 3 4     the figures of benchmarks/results\n"
         "  python benchmarks/side_branch_seeds.py --table                     what is there so far\n"
-        "  python benchmarks/side_branch_seeds.py --seeds 1 --steps 5 --pool 16 --questions 5 --output /tmp/seeds.json\n",
+        "  python benchmarks/side_branch_seeds.py --seeds 1 --steps 5 --pool 16 --questions 5 --output seeds.json\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--saturation-layers", type=int, nargs="+", default=[3, 4], help="default: %(default)s")

@@ -331,7 +331,10 @@ def test_shapes_are_compared_where_nothing_is_stated(adapter, tmp_path):
     name = next(key for key in weights if "q_proj" in key)
     for change, message in (
         ({name: torch.zeros(4, 4)}, r"q_proj.weight has shape \(4, 4\) there, but \(32, 32\) in the model"),
-        ({name.replace("layers.0", "layers.1"): weights[name].clone()}, r"layers.1.*\(32, 32\) there, but None in the model"),
+        (
+            {name.replace("layers.0", "layers.1"): weights[name].clone()},
+            r"layers.1.*\(32, 32\) there, but None in the model",
+        ),
     ):
         save_file(weights | change, tmp_path / "side_branch.safetensors")
         with pytest.raises(AdapterError, match=message):

@@ -7,13 +7,14 @@ Two sources give the same rows:
 
 - LLaVA's own JSON (llava_v1_5_mix665k.json): `[{"id", "image": path or list of paths, "conversations": [{"from":
   "human" or "gpt", "value": text with <image>}]}]`, also as JSON lines;
-- a folder of the `datasets` library (saved by `save_to_disk`, an image folder, parquet, ...) with a column `messages` of
-  chat messages or `conversations` as above, and `image` or `images`.
+- a folder of the `datasets` library (saved by `save_to_disk`, an image folder, parquet, ...) with a column `messages`
+  of chat messages or `conversations` as above, and `image` or `images`.
 
 As in LLaVA, the images of a message come before its text. A row that cannot be trained on is never an exception in the
 middle of a run: it is reported once, with its reason, to `bad_rows.jsonl`, and the next good row takes its place.
 """
 
+import copy
 import io
 import json
 from collections import Counter
@@ -39,7 +40,7 @@ REASONS = (
 )
 
 
-class BadRow(ValueError):
+class BadRowError(ValueError):
     """A row that cannot be trained on; `reason` is one of `REASONS`, the message says more."""
 
     def __init__(self, reason: str, detail: str):
@@ -75,9 +76,9 @@ def read_rows(source: Path):
 
 
 def read_datasets(source: Path, split: str = "train"):
-    """The training split of a folder that `datasets` can read, its images undecoded: a broken one is then one bad row."""
+    """A split of a folder that `datasets` can read, its images undecoded: a broken one is then one bad row."""
     from datasets import Image as ImageFeature
-    from datasets import List, Sequence, load_dataset, load_from_disk
+    from datasets import List, load_dataset, load_from_disk
 
     is_saved = (source / "state.json").is_file() or (source / "dataset_dict.json").is_file()
     if is_saved:
@@ -92,8 +93,7 @@ def read_datasets(source: Path, split: str = "train"):
         if isinstance(feature, ImageFeature):
             rows = rows.cast_column(name, ImageFeature(decode=False))
         elif isinstance(getattr(feature, "feature", None), ImageFeature):
-            many = List if isinstance(feature, List) else Sequence
-            rows = rows.cast_column(name, many(ImageFeature(decode=False)))
+            rows = rows.cast_column(name, List(ImageFeature(decode=False)))
     return rows
 
 
@@ -104,19 +104,19 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
     """Chat messages and images, not yet opened, of a row.
 
     Raises:
-        BadRow: no conversation, an empty answer, or another number of `<image>` than of images.
+        BadRowError: no conversation, an empty answer, or another number of `<image>` than of images.
     """
     turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise BadRow("no conversation", "neither `conversations` nor `messages` holds a list of turns")
+        raise BadRowError("no conversation", "neither `conversations` nor `messages` holds a list of turns")
     messages = [read_turn(turn, number) for number, turn in enumerate(turns)]
     if messages[0]["role"] == "assistant":  # as in LLaVA: a conversation begins with the human
         messages = messages[1:]
     answers = [message["content"][-1]["text"] for message in messages if message["role"] == "assistant"]
     if not answers or messages[0]["role"] == "assistant":
-        raise BadRow("no conversation", "no question that is followed by an answer")
+        raise BadRowError("no conversation", "no question that is followed by an answer")
     if not all(answers):
-        raise BadRow("empty answer", f"answer {answers.index('')} has no text")
+        raise BadRowError("empty answer", f"answer {answers.index('')} has no text")
     images = row.get("images") or row.get("image") or []
     images = images if isinstance(images, list) else [images]
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
@@ -124,7 +124,7 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
         first = next(message for message in messages if message["role"] == "user")
         first["content"][:0] = [{"type": "image"} for _ in images]
     elif len(parts) != len(images):
-        raise BadRow("image count", f"{len(parts)} {IMAGE} in the conversation, {len(images)} images")
+        raise BadRowError("image count", f"{len(parts)} {IMAGE} in the conversation, {len(images)} images")
     return messages, images
 
 
@@ -135,12 +135,12 @@ def read_turn(turn: dict, number: int) -> dict:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
-        raise BadRow("no conversation", f"turn {number} has no role or no text")
+        raise BadRowError("no conversation", f"turn {number} has no role or no text")
     texts = [part.get("text") or "" for part in content if part.get("type") == "text"]
     num_images = sum(part.get("type") in ("image", "image_url") for part in content)
     num_images += sum(text.count(IMAGE) for text in texts)
     if num_images and role != "user":
-        raise BadRow("image count", f"turn {number}, of the {role}, holds {IMAGE}")
+        raise BadRowError("image count", f"turn {number}, of the {role}, holds {IMAGE}")
     text = " ".join(text.replace(IMAGE, "").strip() for text in texts).strip()
     return {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
 
@@ -149,12 +149,12 @@ def open_image(image, folder: Path) -> Image.Image:
     """An image of a row, decoded: a path below `folder`, bytes or a path as `datasets` has them, or a PIL image.
 
     Raises:
-        BadRow: it is missing or broken.
+        BadRowError: it is missing or broken.
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, str) and not (folder / image).is_file():
-        raise BadRow("missing image", str(image))
+        raise BadRowError("missing image", str(image))
     try:
         if isinstance(image, str):
             image = folder / image
@@ -162,7 +162,7 @@ def open_image(image, folder: Path) -> Image.Image:
             image = io.BytesIO(image)
         return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
     except Exception as error:  # codecs fail in ways that have no common class
-        raise BadRow("corrupt image", f"{type(error).__name__}: {error}") from error
+        raise BadRowError("corrupt image", f"{type(error).__name__}: {error}") from error
 
 
 def answer_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
@@ -170,7 +170,7 @@ def answer_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, 
     of the prompt to the end of its turn, `</s>` included.
 
     Raises:
-        BadRow: the template writes a turn another way once others follow it, so that an answer cannot be told apart.
+        BadRowError: the template writes a turn another way once others follow it, so that an answer cannot be told apart.
     """
 
     def write(turns: list[dict], prompt: bool = False) -> str:
@@ -182,7 +182,9 @@ def answer_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, 
             continue
         prompt, until = write(messages[:number], prompt=True), write(messages[: number + 1])
         if not (text.startswith(until) and until.startswith(prompt)):
-            raise BadRow("template", f"the chat template writes turn {number} in another way once others follow it")
+            raise BadRowError(
+                "template", f"the chat template writes turn {number} in another way once others follow it"
+            )
         spans.append((len(prompt), len(until)))
     return text, spans
 
@@ -194,7 +196,7 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
         `input_ids`, `mm_token_type_ids` and `labels` `(T,)`, and `pixel_values` `(images, 3, H, W)` if there are any.
 
     Raises:
-        BadRow: it has more than `max_length` tokens, or the template cannot be followed.
+        BadRowError: it has more than `max_length` tokens, or the template cannot be followed.
     """
     text, spans = answer_spans(processor, messages)
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
@@ -207,9 +209,11 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
     repeats[torch.tensor(short["input_ids"]) == image_id] = num_image_tokens // max(len(images), 1)
     is_answer = is_answer.repeat_interleave(repeats)
     if len(is_answer) != len(row["input_ids"]):
-        raise BadRow("template", f"{len(row['input_ids'])} tokens, but their places in the text give {len(is_answer)}")
+        raise BadRowError(
+            "template", f"{len(row['input_ids'])} tokens, but their places in the text give {len(is_answer)}"
+        )
     if len(is_answer) > max_length:
-        raise BadRow("too long", f"{len(is_answer)} tokens, more than {max_length}")
+        raise BadRowError("too long", f"{len(is_answer)} tokens, more than {max_length}")
     row["labels"] = torch.where(is_answer, row["input_ids"], IGNORED)
     if images:
         row["pixel_values"] = encoded["pixel_values"]
@@ -223,14 +227,20 @@ class BadRows:
     """The rows that could not be trained on, in a file of JSON lines: `row` (number), `id`, `reason`, `detail`.
 
     Processes that load data append whole lines; a row that several epochs or processes met is counted once.
+
+    Args:
+        path: of the file.
+        fresh: whether to begin it anew.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | Path, fresh: bool = True):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.seen: set[int] = set()
+        if fresh:
+            self.path.unlink(missing_ok=True)
+        self.seen = set(self.reasons())
 
-    def add(self, number: int, row: dict, error: BadRow) -> None:
+    def add(self, number: int, row: dict, error: BadRowError) -> None:
         if number in self.seen:
             return
         self.seen.add(number)
@@ -278,7 +288,7 @@ class ConversationDataset(Dataset):
             try:
                 self.check(rows[number])
                 self.good.append(number)
-            except BadRow as error:
+            except BadRowError as error:
                 bad_rows.add(number, rows[number], error)
         if not self.good:
             raise ValueError(f"None of {len(rows)} rows can be trained on: {bad_rows.summary()}.")
@@ -288,7 +298,19 @@ class ConversationDataset(Dataset):
         for image in images:
             path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
             if isinstance(path, str) and not (self.folder / path).is_file():
-                raise BadRow("missing image", path)
+                raise BadRowError("missing image", path)
+
+    def hold_back(self, num_rows: int) -> "ConversationDataset":
+        """The last `num_rows` rows, which this dataset then no longer has.
+
+        Raises:
+            ValueError: nothing would be left.
+        """
+        if num_rows >= len(self.good):
+            raise ValueError(f"Holding back {num_rows} of {len(self.good)} rows leaves nothing to train on.")
+        held_back = copy.copy(self)
+        held_back.good, self.good = self.good[-num_rows:], self.good[:-num_rows]
+        return held_back
 
     def __len__(self) -> int:
         return len(self.good)
@@ -297,7 +319,7 @@ class ConversationDataset(Dataset):
         """Row `number` of the source, encoded.
 
         Raises:
-            BadRow
+            BadRowError
         """
         messages, images = read_conversation(self.rows[number])
         opened = [open_image(image, self.folder) for image in images]
@@ -310,7 +332,7 @@ class ConversationDataset(Dataset):
                 continue
             try:
                 return self.load(number)
-            except BadRow as error:
+            except BadRowError as error:
                 self.bad_rows.add(number, self.rows[number], error)
         raise ValueError(f"No row is left that can be trained on: {self.bad_rows.summary()}.")
 

@@ -34,6 +34,8 @@ PLAIN_KEYS = ("llama", "mistral", "qwen2")
 class Features:
     """What the frozen part makes of a batch: all that the trained part needs.
 
+    Rows are padded on the right: a token's place in its row is its rotary position.
+
     Attributes:
         hidden_states: `(B, T, D)`. Vision tokens as they leave layer S-1, text tokens as they reach the fusion.
         is_vision: `(B, T)`, bool.
@@ -119,6 +121,10 @@ class StagedModel(nn.Module):
     def code(self):
         """The module that the model's class comes from, which is remote code and has no name to import it by."""
         return sys.modules[type(self.core).__module__]
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """For the Trainer's `--gradient_checkpointing`."""
+        self.base.activation_checkpointing_enable(**kwargs)
 
     def layers(self) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
         """Joint, text-only and fusion layers."""
