@@ -469,9 +469,7 @@ def test_a_full_disk_leaves_no_half_shard_and_the_next_run_goes_on(cached, monke
         synced(descriptor)
 
     monkeypatch.setattr(os, "fsync", full_at_the_third)
-    with pytest.raises(
-        feature_cache.CacheError, match=r"disk of .* is full.*make room and run the same command again"
-    ):
+    with pytest.raises(feature_cache.CacheError, match=r"disk of .* is full.*make room and run the same command"):
         feature_cache.cache_features(folder, model, data)
     assert sorted(path.name for path in folder.iterdir()) == ["features-00000.safetensors", "index.json"]
     with pytest.raises(feature_cache.CacheError, match="lacks 3 of 4 shards"):
