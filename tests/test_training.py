@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
 
 import hypothesis.strategies as st
 import numpy as np
@@ -16,55 +15,23 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from PIL import Image
-from tiny import IMAGE, make_batch, make_dpvr, make_llava
+from tiny import make_llava
+from tiny_training import gradients, shared_model, staged, training_batch
 from transformers import AutoModel, AutoProcessor
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 
 import digits as task
 import train_side_branch
-from train_tiny_llava import answer_mask, conversation
+from train_tiny_llava import answer_mask, conversation, generate_answers
 
+from benchmarks import side_branch_seeds
 from convert_llava_to_dpvr import convert
 from training import features as feature_cache
-from training.adapters import add_adapter, load_adapter
+from training.adapters import load_adapter
 from training.data import BadRowError, BadRows, Collator, ConversationDataset, encode, read_conversation, read_rows
 from training.staged import IGNORED, StagedModel, collate_rows, predicts, split_rows
 from training.trainer import TRAINED_WEIGHTS, last_checkpoint
-
-ROWS = ("ttIttt", "tttt", "IttItttt", "ttttttI")
-
-
-def training_batch(rows=ROWS, seed=0):
-    """`make_batch` with about half of the text tokens as labels, one a row at least."""
-    batch = make_batch(list(rows), padding_side="right", seed=seed)
-    is_text = (batch["input_ids"] != IMAGE) & batch["attention_mask"].bool()
-    generator = torch.Generator().manual_seed(seed)
-    is_answer = is_text & (torch.rand(is_text.shape, generator=generator) < 0.5)
-    is_answer[:, 0] = False
-    for row, text in zip(is_answer, is_text, strict=True):
-        row[text.nonzero()[1:][-1]] |= not row.any()
-    batch["labels"] = torch.where(is_answer, batch["input_ids"], IGNORED)
-    return {name: value for name, value in batch.items() if value is not None}
-
-
-def staged(loss="distill", lora=None, seed=0, **options):
-    model = make_dpvr(seed, **options).requires_grad_(False)
-    if lora:
-        model = add_adapter(model, lora)
-    else:
-        model.model.side_branch.requires_grad_(True)
-    return StagedModel(model, loss).train()
-
-
-shared_model = cache(staged)
-
-
-def gradients(model, batch):
-    model.zero_grad()
-    loss = model(**batch)["loss"]
-    loss.backward()
-    return loss.item(), {name: w.grad.clone() for name, w in model.named_parameters() if w.requires_grad}
 
 
 def assert_same(actual, expected, tolerance=1e-6):
@@ -189,40 +156,40 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import conftest, torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from test_training import staged, training_batch
+from tiny_training import staged, training_batch
 
-kind, output = sys.argv[1:]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-model = staged()
-if kind == "ddp":
-    model = DistributedDataParallel(model)
-else:
+batch = training_batch(("ttItt",) if rank == 0 else ("ttttt",))
+
+
+def shard(model):
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     for module in list(model.modules()):
         if type(module).__name__ in ("LlamaDecoderLayer", "CLIPEncoderLayer"):
             fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-batch = training_batch(("ttItt",) if rank == 0 else ("ttttt",))
-count = {count}
-for _ in range(2):
-    model.zero_grad()
-    loss = model(**batch, num_items_in_batch=count)["loss"] * 2
-    loss.backward()
-with torch.no_grad():
-    model(**batch)
-    model.eval()
-    model(**batch)
-grads = {{name.removeprefix("module."): w.grad for name, w in model.named_parameters() if w.requires_grad}}
-grads = {{name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}}
-torch.save(grads, f"{{output}}.{{rank}}")
+    return fully_shard(model, mesh=mesh)
+
+
+for kind, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
+    model = wrap(staged())
+    for _ in range(2):
+        model.zero_grad()
+        (model(**batch, num_items_in_batch={count})["loss"] * 2).backward()
+    with torch.no_grad():
+        model(**batch)
+        model.eval()
+        model(**batch)
+    grads = {{name.removeprefix("module."): w.grad for name, w in model.named_parameters() if w.requires_grad}}
+    grads = {{name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}}
+    torch.save(grads, f"{{sys.argv[1]}}.{{kind}}.{{rank}}")
 torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_processes_of_which_one_has_no_image_train_as_one_process_does(tmp_path, kind):
+def test_processes_of_which_one_has_no_image_train_as_one_process_does(tmp_path):
+    """DDP, and FSDP2 that shards every weight: no process waits for one that has nothing to do."""
     batches = [training_batch(("ttItt",)), training_batch(("ttttt",))]
     count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
     model = staged()
@@ -232,7 +199,7 @@ def test_processes_of_which_one_has_no_image_train_as_one_process_does(tmp_path,
     (tmp_path / "run.py").write_text(PROCESSES.format(root=str(ROOT), count=count))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*launcher, str(tmp_path / "run.py"), kind, str(tmp_path / "out")],
+        [*launcher, str(tmp_path / "run.py"), str(tmp_path / "out")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -240,8 +207,9 @@ def test_processes_of_which_one_has_no_image_train_as_one_process_does(tmp_path,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    for rank in range(2):
-        assert_same(torch.load(tmp_path / f"out.{rank}"), expected, 1e-5)
+    for kind in ("ddp", "fsdp2"):
+        for rank in range(2):
+            assert_same(torch.load(tmp_path / f"out.{kind}.{rank}"), expected, 1e-5)
 
 
 # --- data
@@ -566,3 +534,58 @@ def test_accumulated_bf16_steps_with_lora_and_checkpointing_run(embedded, pictur
     assert train_side_branch.main(train(embedded, pictures, output, *options, "--lora", "fusion")) == 0
     assert json.loads((output / "training.json").read_text())["trains"] == "side branch and LoRA"
     assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_the_trl_example_writes_an_adapter(embedded, tmp_path):
+    pytest.importorskip("trl")
+    program = [sys.executable, str(ROOT / "examples" / "train_with_trl.py"), str(embedded), str(tmp_path / "adapter")]
+    result = subprocess.run(
+        [*program, "--steps", "1", "--rows", "4"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    adapter = load_adapter(AutoModel.from_pretrained(embedded, trust_remote_code=True), tmp_path / "adapter")
+    weights = [w for name, w in adapter.named_parameters() if "ln_tuning_layers" in name and "down_proj" in name]
+    assert weights[0].abs().max() > 0
+
+
+# --- the benchmarks
+
+
+def test_teacher_forced_answers_are_those_of_greedy_generation(embedded, processor):
+    """On which `side_branch_seeds` relies: an answer is right if each of its tokens is, given those before."""
+    model = AutoModel.from_pretrained(embedded, trust_remote_code=True).eval()
+    pairs = task.make_questions(1000, 8, "test")
+    batches = side_branch_seeds.held_out_batches(StagedModel(model), processor, 8)
+    forced = side_branch_seeds.evaluate(StagedModel(model), batches)
+    answers = generate_answers(model, processor, [grid.image for grid, _ in pairs], [each for _, each in pairs])
+    right = [task.is_correct(answer, each.answer) for answer, (_, each) in zip(answers, pairs, strict=True)]
+    assert 0.2 < forced["accuracy"] == pytest.approx(np.mean(right)) < 0.9
+
+
+def test_the_table_of_seeds_has_means_and_intervals():
+    cells = {"3/dense": 0.9, "3/untrained/identity/0": 0.5}
+    cells |= {f"3/distill/identity/{seed}": 0.7 + 0.1 * seed for seed in range(2)}
+    names = (*task.KINDS, "token_accuracy", "kl")
+    record = {"cells": {name: {"accuracy": value, **dict.fromkeys(names, 0.1)} for name, value in cells.items()}}
+    entries = {entry["loss"]: entry for entry in side_branch_seeds.summarize(record)}
+    mean, half = entries["distill"]["accuracy"]
+    assert mean == pytest.approx(0.75)
+    assert half == pytest.approx(12.706 * 0.05, rel=1e-3)  # Student's t with one degree of freedom
+    assert entries["distill"]["recovered"][0] == pytest.approx(0.625)
+    assert "distill  identity  2      75.0" in side_branch_seeds.table(list(entries.values()))
+    assert side_branch_seeds.best(list(entries.values())) == {"loss": "distill", "init": "identity"}
+
+
+def test_the_training_benchmark_runs_and_writes_its_ratios(tmp_path):
+    output = tmp_path / "training.json"
+    options = "--layers 4 --hidden-size 128 --tokens 4+8 --dtype float32 --rounds 1 --steps 1 --warmup 0 --threads 1"
+    options += f" --kinds distill cached-distill --output {output}"
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "training.py"), *options.split()], check=True)
+    record = json.loads(output.read_text())
+    assert record["settings"]["saturation_layer"] == 2
+    assert record["kinds"]["distill"]["trained_parameters"] == record["kinds"]["cached-distill"]["trained_parameters"]
+    assert record["ratios"].keys() == {"distill, second epoch: times faster with cached features"}

@@ -236,7 +236,7 @@ class StagedModel(nn.Module):
         """Final states `(N, D)`, after the norm, of the tokens that predict the answers. Of the last layer, other
         tokens need their keys and values only."""
         core, decoder = self.core, self.core.language_model
-        call, _, vision = core.plan_call(features.hidden_states, features.is_vision, features.attention_mask, None)
+        call, vision = self.plan_vision(features)
         states = self.code.run_stream(core.side_branch, features.hidden_states, vision)
         *fusion_layers, last = self.layers()[2]
         if fusion_layers or not self.can_skip(last):
@@ -248,6 +248,19 @@ class StagedModel(nn.Module):
         else:
             states = last(states, **arguments)[read]
         return decoder.norm(states)
+
+    def plan_vision(self, features: Features) -> tuple:
+        """The call, and the plan of its vision stream.
+
+        With sharded weights every process must ask for the shards of the side branch, or the others wait for ever: the
+        model runs it without an image too where it trains, and is told so where it is evaluated.
+        """
+        core, was_training = self.core, self.core.training
+        core.training = was_training or self.is_sharded
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.is_sharded):
+            call, _, vision = core.plan_call(features.hidden_states, features.is_vision, features.attention_mask, None)
+        core.training = was_training
+        return call, vision
 
     def can_skip(self, layer: nn.Module) -> bool:
         """Whether the parts of `layer` may be called one by one: not where something else runs its `forward` (weights
