@@ -265,7 +265,7 @@ def best(entries: list[dict]) -> dict:
     for entry in entries:
         if entry["loss"] in LOSSES:
             accuracy.setdefault((entry["loss"], entry["init"]), {})[entry["saturation_layer"]] = entry["accuracy"]
-    layers = set.intersection(*map(set, accuracy.values()))
+    layers = set.intersection(*map(set, accuracy.values())) if accuracy else set()
     if not layers:
         raise ValueError("No saturation layer has results of every loss and initialisation.")
     worst = {layer: max(1 - each[layer][0] for each in accuracy.values()) or 1 for layer in layers}

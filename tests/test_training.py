@@ -536,6 +536,19 @@ def test_accumulated_bf16_steps_with_lora_and_checkpointing_run(embedded, pictur
     assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_a_llava_as_it_is_and_any_peft_config_train(pictures, tmp_path):
+    from peft import LoraConfig
+
+    LoraConfig(r=3, target_modules=r".*language_model\.layers\.[67]\.mlp\.up_proj").save_pretrained(tmp_path / "lora")
+    options = ("--saturation-layer", 3, "--peft-config", tmp_path / "lora", "--max_steps", 1)
+    llava, output = ROOT / "examples" / "tiny-llava", tmp_path / "adapter"
+    assert train_side_branch.main(train(llava, pictures, output, *options)) == 0
+    record = json.loads((output / "training.json").read_text())
+    assert (record["base_type"], record["base_model"], record["saturation_layer"]) == ("llava", "tiny-llava", 3)
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 3
+    assert str(tmp_path) not in (output / "training.json").read_text() + (output / "adapter_config.json").read_text()
+
+
 def test_the_trl_example_writes_an_adapter(embedded, tmp_path):
     pytest.importorskip("trl")
     program = [sys.executable, str(ROOT / "examples" / "train_with_trl.py"), str(embedded), str(tmp_path / "adapter")]
@@ -576,7 +589,8 @@ def test_the_table_of_seeds_has_means_and_intervals():
     assert mean == pytest.approx(0.75)
     assert half == pytest.approx(12.706 * 0.05, rel=1e-3)  # Student's t with one degree of freedom
     assert entries["distill"]["recovered"][0] == pytest.approx(0.625)
-    assert "distill  identity  2      75.0" in side_branch_seeds.table(list(entries.values()))
+    rows = [line.split() for line in side_branch_seeds.table(list(entries.values())).splitlines()]
+    assert ["3", "distill", "identity", "2", "75.0", "±", "63.5"] in [row[:7] for row in rows]
     assert side_branch_seeds.best(list(entries.values())) == {"loss": "distill", "init": "identity"}
 
 
