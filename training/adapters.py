@@ -309,6 +309,7 @@ def save_adapter(
         "format": "pt",
         **describe(model.get_base_model().config),
         "base_model": base,
+        "base_type": getattr(model.get_base_model(), "base_type", "dpvr"),
         "base_sample": json.dumps(sample_base(model, state_dict)),
     }
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
@@ -467,6 +468,7 @@ def from_llava(
     dpvr_class = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
     config = dpvr_class.config_class(**make_dpvr_config(config, routing, None).to_dict())
     model = dpvr_class.from_pretrained(llava, config=config, **{"dtype": "auto", **kwargs}).eval()
+    model.base_type = "llava"  # of which an adapter's card says how to load it
     return model if path is None else merge_adapter(load_adapter(model, path))
 
 
