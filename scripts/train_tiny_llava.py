@@ -14,6 +14,7 @@ Shape letters: B images or conversations, T tokens of a conversation, P image pa
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import shutil
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import (
     AutoProcessor,
@@ -66,6 +68,9 @@ PATCH_PIXELS = 8
 PATCHES_PER_SIDE = task.IMAGE_PIXELS // PATCH_PIXELS
 NUM_HEADS = 4
 TOWER_LAYERS = 5  # the projector reads the last but one, as LLaVA's does
+
+# A CPU without bfloat16 instructions emulates it, at a tenth of the speed of float32
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 TOWER_BATCH = 64
 TEXT_LINES, TEXT_BATCH = 12, 16
@@ -259,7 +264,7 @@ def train_tower(model, processor, args, rng: np.random.Generator, generator: tor
     for step in bar:
         grids = [task.make_grid(rng, "train") for _ in range(TOWER_BATCH)]
         targets = patch_targets(grids)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
             logits = heads(patch_features(model, training_images(grids, processor, generator))).float()
         digit, row, column = logits.split([10, PATCHES_PER_SIDE, PATCHES_PER_SIDE], dim=-1)
         loss = functional.cross_entropy(digit.flatten(0, 1), targets.flatten(), label_smoothing=0.05)
@@ -284,6 +289,15 @@ def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class KeepFloat32(TorchFunctionMode):
+    """Muon orthogonalizes its updates in bfloat16. Within this mode `Tensor.bfloat16` copies in float32 instead."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.bfloat16:
+            return args[0].float().clone()
+        return func(*args, **(kwargs or {}))
 
 
 def make_optimizers(model) -> list[torch.optim.Optimizer]:
@@ -311,14 +325,15 @@ def descend(model, loss: torch.Tensor, optimizers: list, schedules: list) -> Non
     loss.backward()
     torch.nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.requires_grad], 1.0)
     for optimizer, schedule in zip(optimizers, schedules, strict=True):
-        optimizer.step()
+        with contextlib.nullcontext() if HAS_BFLOAT16 else KeepFloat32():
+            optimizer.step()
         optimizer.zero_grad()
         schedule.step()
 
 
 def answer_logits(model, ids: torch.Tensor, mask: torch.Tensor, **inputs) -> torch.Tensor:
     """Logits (N, V) that predict the tokens `ids[mask]`. ids, mask (B, T)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
         hidden = model.model(input_ids=ids, **inputs).last_hidden_state
         return model.lm_head(hidden[:, :-1][mask[:, 1:]]).float()
 
