@@ -1,0 +1,339 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+How much of the dense model's accuracy the side branch recovers, by initialisation and loss, over seeds.
+
+The embedded LLaVA (`examples/tiny-llava`) is routed at each of `--saturation-layers`. What its frozen part makes of a
+pool of training conversations is computed once per layer; every side branch is trained from these features, from the
+same pool and for the same number of steps. A seed decides which conversations a step sees, and the weights of the
+random initialisation.
+
+Accuracy is that of greedy generation, an answer right only as a whole, on digits that no model has trained on: greedy
+generation gives the right answer where the most likely next token is the right one at each of its tokens, so one
+teacher-forced pass tells. KL is the divergence from the dense model's next-token distribution at the same tokens, in
+nats per token. "Recovered" is the share of the accuracy that routing costs (with the untrained identity side branch,
+which the converter writes by default) that training brings back.
+
+Each result is written as it is there; an interrupted run goes on where it was.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from scipy import stats
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+
+import digits as task
+from train_tiny_llava import (
+    LONG_BATCH,
+    answer_mask,
+    conversation_text,
+    learning_rate,
+    sample_batch,
+    to_pixel_values,
+    versions,
+)
+
+from convert_llava_to_dpvr import convert
+from training.staged import LOSSES, StagedModel, collate_rows, split_rows
+
+RESULTS = ROOT / "benchmarks" / "results" / "side_branch_seeds.json"
+INITS = ("identity", "copy", "random")
+SETTINGS = ("steps", "batch_size", "learning_rate", "pool", "questions")
+
+
+def converted(saturation_layer: int, init: str, seed: int, folder: Path) -> Path:
+    path = folder / f"{saturation_layer}-{init}-{seed}"
+    if not path.exists():
+        source = ROOT / "examples" / "tiny-llava"
+        convert(source, path, saturation_layer=saturation_layer, side_branch_init=init, seed=seed, dtype="float32")
+    return path
+
+
+def load_side_branch(model, checkpoint: Path) -> None:
+    """Gives `model` the side branch of another checkpoint of the same geometry."""
+    prefix = "model.side_branch."
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        if weights:
+            model.model.side_branch.load_state_dict({name[len(prefix) :]: weights[name] for name in weights})
+            return
+    raise FileNotFoundError(f"{checkpoint} holds no side branch")
+
+
+# Features
+
+
+def text_batch(processor, texts: list[str]) -> dict[str, torch.Tensor]:
+    return dict(processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt"))
+
+
+def labelled(processor, ids: torch.Tensor, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch for `StagedModel`, with the answers' tokens as labels. ids `(B, T)`, padded on the right."""
+    tokenizer = processor.tokenizer
+    assistant_id = tokenizer.encode(" ASSISTANT", add_special_tokens=False)[0]
+    mask = answer_mask(ids, assistant_id, tokenizer.eos_token_id)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != tokenizer.pad_token_id).long(),
+        "labels": torch.where(mask, ids, -100),
+        "pixel_values": pixel_values,
+    }
+
+
+@torch.no_grad()
+def training_rows(model: StagedModel, processor, num_batches: int) -> list[dict[str, torch.Tensor]]:
+    """Features of `num_batches` batches of conversations, row by row."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    rows = []
+    for _ in tqdm(range(num_batches), desc="features", mininterval=5):
+        ids, pixel_values, _ = sample_batch(rng, generator, processor, progress=1.0, short=False)
+        rows += split_rows(model.compute_features(with_teacher=True, **labelled(processor, ids, pixel_values)))
+    return rows
+
+
+@torch.no_grad()
+def held_out_batches(model: StagedModel, processor, num_questions: int, batch_size: int = 100) -> list[dict]:
+    """Features of held-out questions, one to a row, and their kinds."""
+    pairs = task.make_questions(1000, num_questions, "test")
+    batches = []
+    for start in range(0, len(pairs), batch_size):
+        grids, questions = zip(*pairs[start : start + batch_size], strict=True)
+        ids = text_batch(processor, [conversation_text([question]) for question in questions])["input_ids"]
+        cells = torch.from_numpy(np.stack([grid.cells for grid in grids])).float() / 255
+        batch = labelled(processor, ids, to_pixel_values(cells, processor))
+        features = model.compute_features(with_teacher=True, **batch)
+        batches.append({"features": features, "kinds": [question.kind for question in questions]})
+    return batches
+
+
+# One cell
+
+
+def batches_of(rows: list[dict], batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches without end; each pass through the rows in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(len(rows), generator=generator).split(batch_size):
+            yield collate_rows([rows[i] for i in chosen.tolist()])
+
+
+def train(model: StagedModel, rows: list[dict], seed: int, args) -> None:
+    branch = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(branch, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, warmup=20))
+    model.train()
+    for _, batch in zip(range(args.steps), batches_of(rows, args.batch_size, seed), strict=False):
+        model(**batch)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(branch, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+@torch.no_grad()
+def evaluate(model: StagedModel, batches: list[dict], dense: bool = False) -> dict:
+    """Accuracy by kind and in all, share of right tokens, and KL from the dense model (0 for itself)."""
+    model.eval()
+    head = model.base.lm_head
+    right, kinds, hits, divergence = [], [], [], []
+    for batch in batches:
+        features = batch["features"]
+        teacher = head(features.teacher_states)
+        logits = teacher if dense else head(model.answer_states(features))
+        answers = features.labels[:, 1:] != -100
+        hit = logits.argmax(-1) == features.labels[:, 1:][answers]
+        row = answers.nonzero()[:, 0]
+        right.append(torch.bincount(row, (~hit).float(), minlength=len(answers)) == 0)
+        kinds += batch["kinds"]
+        hits.append(hit)
+        divergence.append(LOSSES["distill"](logits, None, teacher))
+    right, hits = torch.cat(right).float(), torch.cat(hits).float()
+    by_kind = {kind: right[[i for i, k in enumerate(kinds) if k == kind]].mean().item() for kind in task.KINDS}
+    kl = sum(divergence).item() / len(hits)
+    return {"accuracy": right.mean().item(), **by_kind, "token_accuracy": hits.mean().item(), "kl": kl}
+
+
+# The run
+
+
+def read_results(path: Path, settings: dict) -> dict:
+    """The cells of an earlier run, if it was one with these settings."""
+    if not path.exists():
+        return {"settings": settings, "versions": versions(), "cells": {}}
+    record = json.loads(path.read_text())
+    if record["settings"] != settings:
+        raise SystemExit(
+            f"{path} was made with {record['settings']}, this run would be with {settings}: choose another --output, "
+            "or delete it."
+        )
+    return record
+
+
+def write_results(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(path)
+
+
+def measure(saturation_layer: int, args, record: dict, folder: Path) -> None:
+    """All cells of one saturation layer that are not there yet."""
+    cells = record["cells"]
+    wanted = [f"{saturation_layer}/dense", *(f"{saturation_layer}/untrained/{init}/0" for init in args.inits)]
+    wanted += [
+        f"{saturation_layer}/{loss}/{init}/{seed}"
+        for seed, loss, init in product(range(args.seeds), args.losses, args.inits)
+    ]
+    wanted = [cell for cell in wanted if cell not in cells]
+    if not wanted:
+        return
+    checkpoint = converted(saturation_layer, "identity", 0, folder)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).requires_grad_(False)
+    model.model.side_branch.requires_grad_(True)
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    staged = StagedModel(model)
+    held_out = held_out_batches(staged, processor, args.questions)
+    rows = None
+    for cell in tqdm(wanted, desc=f"S = {saturation_layer}"):
+        _, loss, *rest = cell.split("/")
+        if loss != "dense":
+            init, seed = rest[0], int(rest[1])
+            load_side_branch(model, converted(saturation_layer, init, seed if init == "random" else 0, folder))
+        if loss in LOSSES:
+            rows = rows or training_rows(staged, processor, -(-args.pool // LONG_BATCH))
+            staged.loss = loss
+            train(staged, rows, seed, args)
+        cells[cell] = evaluate(staged, held_out, dense=loss == "dense")
+        write_results(args.output, record)
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t."""
+    values = np.asarray(values)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(half)
+
+
+def summarize(record: dict) -> list[dict]:
+    """One entry for each layer, loss and initialisation: seeds, and mean and interval of every figure."""
+    groups: dict[tuple, list[dict]] = {}
+    for cell, result in record["cells"].items():
+        layer, loss, *rest = cell.split("/")
+        groups.setdefault((int(layer), loss, rest[0] if rest else ""), []).append(result)
+    entries = []
+    for (layer, loss, init), results in sorted(groups.items()):
+        entry = {"saturation_layer": layer, "loss": loss, "init": init, "seeds": len(results)}
+        dense = groups[layer, "dense", ""][0]["accuracy"]
+        routed = groups.get((layer, "untrained", "identity"), [{"accuracy": float("nan")}])[0]["accuracy"]
+        for result in results:
+            lost = dense - routed
+            result["recovered"] = (result["accuracy"] - routed) / lost if lost > 0 else float("nan")
+        for name in ("recovered", "accuracy", *task.KINDS, "token_accuracy", "kl"):
+            entry[name] = mean_interval([result[name] for result in results])
+        entries.append(entry)
+    return entries
+
+
+def best(entries: list[dict]) -> dict:
+    """Loss and initialisation of the least mean KL, averaged over the layers as a share of the worst at each layer."""
+    trained = [entry for entry in entries if entry["loss"] in LOSSES]
+    worst = {}
+    for entry in trained:
+        layer = entry["saturation_layer"]
+        worst[layer] = max(worst.get(layer, 0), 1 - entry["accuracy"][0])
+    shares: dict[tuple, list[float]] = {}
+    for entry in trained:
+        share = (1 - entry["accuracy"][0]) / worst[entry["saturation_layer"]]
+        shares.setdefault((entry["loss"], entry["init"]), []).append(share)
+    loss, init = min(shares, key=lambda key: np.mean(shares[key]))
+    return {"loss": loss, "init": init}
+
+
+def table(entries: list[dict]) -> str:
+    def percent(pair: tuple[float, float]) -> str:
+        half = "" if np.isnan(pair[1]) else f" ± {100 * pair[1]:.1f}"
+        return f"{100 * pair[0]:.1f}{half}"
+
+    header = ["S", "loss", "init", "seeds", "accuracy %", "recovered %", "KL", *task.KINDS]
+    rows = []
+    for entry in entries:
+        half = "" if np.isnan(entry["kl"][1]) else f" ± {entry['kl'][1]:.4f}"
+        rows.append(
+            [
+                *(str(entry[name]) for name in ("saturation_layer", "loss", "init", "seeds")),
+                percent(entry["accuracy"]),
+                percent(entry["recovered"]),
+                f"{entry['kl'][0]:.4f}{half}",
+                *(percent(entry[kind]) for kind in task.KINDS),
+            ]
+        )
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    )
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        epilog="examples:\n"
+        "  python benchmarks/side_branch_seeds.py --saturation-layers 3 4     the figures of benchmarks/results\n"
+        "  python benchmarks/side_branch_seeds.py --table                     what is there so far\n"
+        "  python benchmarks/side_branch_seeds.py --seeds 1 --steps 5 --pool 16 --questions 5 --output seeds.json\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--saturation-layers", type=int, nargs="+", default=[3, 4], help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--inits", nargs="+", choices=INITS, default=list(INITS), help="default: all")
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES), help="default: all")
+    parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=8, help="conversations (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=1600, help="conversations to learn from (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=250, help="held out, of each kind (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--table", action="store_true", help="only print the table of --output")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    record = read_results(args.output, {name: getattr(args, name) for name in SETTINGS}) if not args.table else None
+    if args.table:
+        record = json.loads(args.output.read_text())
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="side-branch-seeds-"))
+        try:
+            for saturation_layer in args.saturation_layers:
+                measure(saturation_layer, args, record, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    entries = summarize(record)
+    print(table(entries))
+    if any(entry["loss"] in LOSSES for entry in entries):
+        print("best: {loss} loss, {init} initialisation".format(**best(entries)))
+
+
+if __name__ == "__main__":
+    main()

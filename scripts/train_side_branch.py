@@ -1,0 +1,254 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Train the side branch of a DPVR, all else frozen, and save it as a PEFT adapter.
+
+MODEL is a DPVR checkpoint or a LLaVA in the layout of llava-hf, whose weights are then read as they are. DATA is
+LLaVA's JSON of conversations, or a folder (or parquet file) of the `datasets` library with images and chat messages;
+the loss is on the answers alone. Rows that cannot be trained on are listed in OUTPUT/bad_rows.jsonl.
+
+Everything else is transformers' Trainer: every option of its TrainingArguments is taken too (--max_steps, --bf16,
+--per_device_train_batch_size, --gradient_accumulation_steps, --gradient_checkpointing, --learning_rate, --eval_steps,
+...), and `torchrun` or `accelerate launch` in the place of `python` trains on several devices (DDP, FSDP2).
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from training.adapters import AdapterError, add_adapter, from_llava, processor_from_llava, save_adapter
+from training.data import BadRows, Collator, ConversationDataset, read_rows
+from training.features import CachedFeatures, CacheError, cache_features
+from training.staged import LOSSES, StagedModel, collate_rows
+from training.trainer import SideBranchTrainer, count_trainable, last_checkpoint
+
+DEFAULTS = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # a share of all steps
+    "num_train_epochs": 1.0,
+    "logging_steps": 10,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "max_grad_norm": 1.0,
+}
+
+
+def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, TrainingArguments]:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="examples:\n"
+        "  python scripts/train_side_branch.py dpvr-7b --data llava_v1_5_mix665k.json --image-folder images \\\n"
+        "      --output adapter --bf16 --per_device_train_batch_size 8 --gradient_accumulation_steps 2\n"
+        "  python scripts/train_side_branch.py llava-hf/llava-1.5-7b-hf --data my-dataset --output adapter \\\n"
+        "      --cache-features features --num_train_epochs 3\n"
+        "  torchrun --nproc-per-node 8 scripts/train_side_branch.py dpvr-7b --data chats.json --output adapter\n"
+        "  python scripts/train_side_branch.py ... --resume     goes on after a kill, from the last whole checkpoint\n"
+        "\nexit status: 0 when trained, 1 when model, data, cache or adapter cannot be used, 2 for wrong options",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a DPVR, or of a LLaVA")
+    parser.add_argument("--data", type=Path, required=True, help="conversations to train on")
+    parser.add_argument("--image-folder", type=Path, help="what image paths start from (default: the folder of DATA)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for adapter, checkpoints and records")
+    parser.add_argument("--eval-data", type=Path, help="conversations to evaluate on while training")
+    parser.add_argument("--eval-rows", type=int, default=0, help="without --eval-data: hold back this many of DATA")
+    parser.add_argument("--loss", choices=list(LOSSES), default="distill", help="default: %(default)s")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--lora", choices=["fusion"], help="train LoRA on the fusion layers as well")
+    what.add_argument("--peft-config", type=Path, help="folder of an adapter_config.json to train as well")
+    parser.add_argument("--saturation-layer", type=int, help="of a LLaVA that is no DPVR yet")
+    parser.add_argument(
+        "--cache-features", type=Path, metavar="DIR", help="compute the frozen part once, keep it here"
+    )
+    parser.add_argument("--max-length", type=int, help="most tokens of a row (default: the tokenizer's, at most 2048)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT")
+    parser.add_argument("--dtype", default="auto", help="of the frozen weights (default: as stored)")
+    parser.add_argument("--base", help="name of the base model in the adapter (default: MODEL)")
+    options, rest = parser.parse_known_args(arguments)
+    trainer_parser = HfArgumentParser(TrainingArguments, prog=parser.prog, add_help=False)
+    trainer_parser.set_defaults(**DEFAULTS, report_to="tensorboard" if has_tensorboard() else "none")
+    if "--eval_strategy" not in rest and (options.eval_data or options.eval_rows):
+        rest += ["--eval_strategy", "steps"]
+    rest += ["--output_dir", str(options.output), "--remove_unused_columns", "False", "--label_names", "labels"]
+    rest += ["--ddp_find_unused_parameters", "False", "--prediction_loss_only", "True"]
+    (training_arguments,) = trainer_parser.parse_args_into_dataclasses(rest)
+    if last_checkpoint(options.output) and not options.resume:
+        parser.error(
+            f"--output {options.output} holds checkpoints of an earlier run: pass --resume, or another folder"
+        )
+    return options, training_arguments
+
+
+def has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def load(options: argparse.Namespace, device: torch.device):
+    """Model and processor."""
+    config = AutoConfig.from_pretrained(options.model, trust_remote_code=True)
+    if config.model_type == "dpvr":
+        if options.saturation_layer not in (None, config.saturation_layer):
+            raise ValueError(
+                f"{options.model} is routed at layer {config.saturation_layer}, not at {options.saturation_layer}: "
+                "convert it anew, or give its LLaVA."
+            )
+        model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype)
+        processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    else:
+        model = from_llava(options.model, saturation_layer=options.saturation_layer, dtype=options.dtype)
+        processor = processor_from_llava(options.model)
+    return model.to(device), processor
+
+
+def wrap(model, options: argparse.Namespace) -> StagedModel:
+    """The model with what trains in it, in fp32: half precision loses the small steps of an optimizer."""
+    lora = options.lora
+    if options.peft_config:
+        from peft import PeftConfig
+
+        lora = PeftConfig.from_pretrained(str(options.peft_config))
+        lora.inference_mode = False
+    model = add_adapter(model, lora)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return StagedModel(model, options.loss)
+
+
+def make_datasets(options, processor, fresh: bool) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation rows."""
+    max_length = options.max_length or min(processor.tokenizer.model_max_length, 2048)
+    folder = options.image_folder or options.data.parent
+
+    def read(path: Path, name: str) -> ConversationDataset:
+        bad_rows = BadRows(options.output / name, fresh)
+        data = ConversationDataset(read_rows(path), processor, folder, bad_rows, max_length)
+        print(f"{path}: {len(data):,} of {len(data.rows):,} rows; {bad_rows.summary()}", flush=True)
+        return data
+
+    train = read(options.data, "bad_rows.jsonl")
+    if options.eval_data:
+        return train, read(options.eval_data, "bad_rows_eval.jsonl")
+    if not options.eval_rows:
+        return train, None
+    return train, train.hold_back(options.eval_rows)
+
+
+def record_of(options, arguments: TrainingArguments, trainer, model, sizes: dict, seconds: float) -> dict:
+    """What a model card and a reader need to know of the run. No path of this machine."""
+    trained, total, _ = count_trainable(model)
+    history = trainer.state.log_history
+    return {
+        "base_model": options.base or Path(options.model).name,
+        "data": options.data.name,
+        **sizes,
+        "loss": options.loss,
+        "trains": "side branch" + (" and LoRA" if options.lora or options.peft_config else ""),
+        "saturation_layer": model.config.saturation_layer,
+        "num_side_layers": model.config.num_side_layers,
+        "num_fusion_layers": model.config.num_fusion_layers,
+        "trainable_parameters": trained,
+        "parameters": total,
+        "hyperparameters": {
+            "learning_rate": arguments.learning_rate,
+            "lr_scheduler_type": str(arguments.lr_scheduler_type.value),
+            "warmup_steps": arguments.warmup_steps,
+            "weight_decay": arguments.weight_decay,
+            "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            "epochs": trainer.state.epoch,
+            "steps": trainer.state.global_step,
+            "seed": arguments.seed,
+            "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
+            "max_grad_norm": arguments.max_grad_norm,
+        },
+        "loss_curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "eval_loss_curve": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+        "training_seconds": round(seconds),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
+    """Trains, and writes adapter and records to OUTPUT. The record of the run."""
+    set_seed(arguments.seed)
+    checkpoint = last_checkpoint(options.output) if options.resume else None
+    model, processor = load(options, arguments.device)
+    model = wrap(model, options)
+    if arguments.process_index == 0:
+        print(count_trainable(model)[2], flush=True)
+    with arguments.main_process_first():
+        data, evaluation = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
+    bad_rows, sizes = data.bad_rows, {"rows": len(data)}
+    collate = Collator(processor.tokenizer.pad_token_id)
+    if options.cache_features:
+        data = cached(options.cache_features / "train", model, data, arguments)
+        evaluation = evaluation and cached(options.cache_features / "eval", model, evaluation, arguments)
+        collate = collate_rows
+    trainer = SideBranchTrainer(model, arguments, collate, train_dataset=data, eval_dataset=evaluation)
+    begin = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if evaluation is not None:
+        trainer.evaluate()
+    record = record_of(options, arguments, trainer, model, sizes, time.monotonic() - begin)
+    record["bad_rows"] = bad_rows.summary().split(", listed")[0]
+    finish(options, trainer, model, record)
+    return record
+
+
+def cached(folder: Path, model: StagedModel, data: ConversationDataset, arguments: TrainingArguments):
+    """The rows of `data` as features on disk, computed where they are missing, each process its share."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    cache_features(
+        folder,
+        model,
+        data,
+        dtype=dtype,
+        batch_size=arguments.per_device_train_batch_size,
+        num_workers=arguments.dataloader_num_workers,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+    )
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
+    return CachedFeatures(folder)
+
+
+def finish(options, trainer, model: StagedModel, record: dict) -> None:
+    state = None
+    if trainer.is_fsdp_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model)
+        state = {name.removeprefix("model."): weight for name, weight in state.items()}
+    if trainer.args.should_save:
+        save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
+        (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, training_arguments = parse_args(arguments)
+    try:
+        record = run(options, training_arguments)
+    except (ValueError, AdapterError, CacheError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if training_arguments.process_index == 0:
+        losses = [loss for _, loss in record["loss_curve"]]
+        if losses:
+            print(f"loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last; {record['bad_rows']}")
+        print(f"{options.output}: adapter of {record['trainable_parameters']:,} weights")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

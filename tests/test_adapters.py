@@ -1,0 +1,400 @@
+"""Adapters: PEFT files that hold the side branch and nothing else, on a DPVR or straight on a LLaVA checkpoint."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from tiny import NUM_LAYERS, DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
+from transformers import MistralConfig, Qwen2Config
+
+from training.adapters import (
+    AdapterError,
+    add_adapter,
+    base_state,
+    from_llava,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+
+BASE = "org/dpvr-tiny"
+BATCH = make_batch(["tIttt", "ttIt"])
+KINDS = {
+    "side branch": None,
+    "fusion": "fusion",
+    "user's": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], exclude_modules=r".*vision_tower.*"),
+}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**BATCH).logits
+
+
+def train(model, seed):
+    """Gives all that is trainable random values, as if it had been trained; returns the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.normal_(0, 0.3, generator=generator)
+    return logits(model.eval())
+
+
+def make_base(**options):
+    return make_dpvr(random_branch=False, **options)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def saved(request, tmp_path_factory):
+    """Two adapters of one kind, saved: their folders and the logits that they gave."""
+    folder, results = tmp_path_factory.mktemp("adapters"), []
+    for seed in (1, 2):
+        model = add_adapter(make_base(), KINDS[request.param])
+        expected = train(model, seed)
+        save_adapter(model, folder / str(seed), BASE)
+        results.append((folder / str(seed), expected))
+    assert not torch.allclose(results[0][1], results[1][1])
+    return results
+
+
+def stored(folder):
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing_and_trains_the_side_branch_alone_or_with_lora(kind):
+    base = make_base()
+    expected, branch = logits(base), sum(weight.numel() for weight in base.model.side_branch.parameters())
+    model = add_adapter(base, KINDS[kind])
+    assert torch.equal(logits(model), expected)
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert sum(weight.numel() for name, weight in trainable.items() if "lora_" not in name) == branch
+    with_lora = {name for name in trainable if "lora_" in name}
+    assert not any("side_branch" in name or "vision_tower" in name for name in with_lora)
+    if kind == "fusion":
+        assert with_lora
+        assert all(f"language_model.layers.{NUM_LAYERS - 1}." in name for name in with_lora)
+
+
+@pytest.mark.parametrize("text", [MistralConfig, Qwen2Config])
+def test_every_weight_of_the_side_branch_is_trained_whatever_the_backbone(text):
+    base = make_base(text=text_config(text), num_side_layers=2)
+    branch = sum(weight.numel() for weight in base.model.side_branch.parameters())
+    model = add_adapter(base)
+    assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == branch
+
+
+def test_with_a_side_branch_adapter_the_graph_begins_at_the_side_branch():
+    model = add_adapter(make_base()).train()
+    states = []
+    layers = model.get_base_model().model.language_model.layers
+    hooks = [layer.register_forward_hook(lambda module, args, output: states.append(output)) for layer in layers]
+    model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    assert [state.requires_grad for state in states] == [False] * (NUM_LAYERS - 1) + [True]
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for is_checkpointing in (False, True):
+        model = add_adapter(make_base()).train()
+        if is_checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+        gradients.append([weight.grad for weight in model.parameters() if weight.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_what_cannot_hold_a_side_branch_is_refused():
+    from peft import PromptTuningConfig
+
+    with pytest.raises(AdapterError, match="PromptTuningConfig cannot save the side branch"):
+        add_adapter(make_base(), PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(AdapterError, match="lora='all' is neither"):
+        add_adapter(make_base(), "all")
+    with pytest.raises(AdapterError, match="LlavaForConditionalGeneration .* is no DPVR"):
+        add_adapter(make_llava())
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_the_file_holds_the_side_branch_and_lora_and_nothing_else(saved):
+    (folder, _), _ = saved
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    weights, _ = stored(folder)
+    branch = [weight for key, weight in weights.items() if "lora_" not in key]
+    assert all("side_branch" in key for key in weights if "lora_" not in key)
+    assert sum(map(torch.numel, branch)) == sum(map(torch.numel, make_base().model.side_branch.parameters()))
+
+
+def test_the_config_names_no_machine_and_no_module_of_one(saved):
+    (folder, _), _ = saved
+    text = (folder / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert config["base_model_name_or_path"] == BASE
+    assert config["auto_mapping"] is None
+    assert "transformers_modules" not in text
+    assert "/" not in text.replace(BASE, "")
+
+
+def test_a_local_base_is_named_without_its_path(tmp_path):
+    (tmp_path / "my-dpvr").mkdir()
+    save_adapter(add_adapter(make_base()), tmp_path / "adapter", str(tmp_path / "my-dpvr"))
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "my-dpvr"
+    )
+    assert stored(tmp_path / "adapter")[1]["base_model"] == "my-dpvr"
+
+
+def test_the_file_has_the_dtype_of_the_base_though_the_branch_was_trained_in_fp32(tmp_path):
+    model = add_adapter(make_base().to(torch.bfloat16))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    save_adapter(model, tmp_path, BASE)
+    weights, _ = stored(tmp_path)
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in merge_adapter(model).state_dict().values()} == {torch.bfloat16}
+
+
+def test_every_loader_gives_the_trained_logits(saved):
+    (folder, expected), _ = saved
+    assert torch.equal(logits(load_adapter(make_base(), folder)), expected)
+    assert torch.equal(logits(load_adapter(make_base(), folder, name="other")), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(make_base(), folder)), expected)
+    base = make_base()
+    base.load_adapter(str(folder))
+    assert torch.equal(logits(base), expected)
+
+
+def test_several_adapters_are_switched_and_disabled_on_one_base(saved):
+    (first, first_logits), (second, second_logits) = saved
+    base = make_base()
+    plain = logits(base)
+    model = load_adapter(load_adapter(base, first, name="first"), second, name="second")
+    assert torch.equal(logits(model), second_logits)
+    model.set_adapter("first")
+    assert torch.equal(logits(model), first_logits)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model), first_logits)
+    model.delete_adapter("first")
+    assert torch.equal(logits(model), second_logits)
+    with pytest.raises(AdapterError, match="already has an adapter 'second'"):
+        load_adapter(model, first, name="second")
+
+
+def test_a_side_branch_adapter_is_switched_disabled_and_enabled_by_transformers_own_methods(tmp_path):
+    expected = []
+    for seed in (1, 2):
+        model = add_adapter(make_base())
+        expected.append(train(model, seed))
+        save_adapter(model, tmp_path / str(seed), BASE)
+    base = make_base()
+    plain = logits(base)
+    for name in ("1", "2"):
+        base.load_adapter(str(tmp_path / name), adapter_name=name)
+    base.set_adapter("1")
+    assert base.active_adapters() == ["1"]
+    assert torch.equal(logits(base), expected[0])
+    base.set_adapter("2")
+    assert torch.equal(logits(base), expected[1])
+    base.disable_adapters()
+    assert torch.equal(logits(base), plain)
+    base.enable_adapters()
+    assert torch.equal(logits(base), expected[1])
+
+
+def test_merging_and_unmerging_in_place_keeps_the_logits(saved):
+    (folder, expected), _ = saved
+    model = load_adapter(make_base(), folder)
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        change()
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merged_adapter_saves_an_ordinary_checkpoint_that_loads_without_peft(saved, tmp_path):
+    (first, _), (second, expected) = saved
+    model = load_adapter(load_adapter(make_base(), second, name="second"), first, name="first")
+    merged = merge_adapter(model, "second")
+    assert type(merged).__name__ == "DPVRForConditionalGeneration"
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    loaded = DPVRForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(merged))
+    assert loaded.state_dict().keys() == make_base().state_dict().keys()
+
+
+def test_training_goes_on_from_a_saved_adapter(saved):
+    (folder, expected), _ = saved
+    model = load_adapter(make_base(), folder, is_trainable=True)
+    assert torch.equal(logits(model.eval()), expected)
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == {
+        name for name, _ in model.named_parameters() if re.search(r"\.default\.", name)
+    }
+    frozen = load_adapter(make_base(), folder)
+    assert not any(weight.requires_grad for weight in frozen.parameters())
+
+
+def test_generation_with_an_adapter_gives_the_tokens_of_the_merged_model(saved):
+    (folder, _), _ = saved
+    model = load_adapter(make_base(), folder)
+    tokens = model.generate(**BATCH, max_new_tokens=4, do_sample=False)
+    assert torch.equal(tokens, merge_adapter(model).generate(**BATCH, max_new_tokens=4, do_sample=False))
+
+
+def test_a_side_branch_without_a_config_loads_too():
+    from safetensors.torch import load_file
+
+    base = from_llava(ROOT / "examples" / "tiny-llava", saturation_layer=4, dtype=torch.float32)
+    model = load_adapter(base, ROOT / "examples" / "dpvr-tiny-adapter")
+    weights = load_file(ROOT / "examples" / "dpvr-tiny-adapter" / "side_branch.safetensors")
+    merged = merge_adapter(model).state_dict()
+    assert all(torch.equal(merged[name], weight.float()) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "disk"])
+def test_adapters_load_on_a_base_with_a_device_map(saved, tmp_path, device_map):
+    (folder, expected), _ = saved
+    make_base().save_pretrained(tmp_path / "base")
+    if device_map == "disk":
+        device_map = {"lm_head": "cpu", "model": "cpu", "model.language_model.layers.3": "disk"}
+        device_map = dict.fromkeys(
+            ["lm_head", "model.vision_tower", "model.multi_modal_projector", "model.side_branch"]
+            + [f"model.language_model.{part}" for part in ("embed_tokens", "norm", "rotary_emb")]
+            + [f"model.language_model.layers.{i}" for i in range(NUM_LAYERS)],
+            "cpu",
+        ) | {"model.language_model.layers.3": "disk"}
+    base = DPVRForConditionalGeneration.from_pretrained(
+        tmp_path / "base", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    ).eval()
+    model = load_adapter(base, folder)
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(add_adapter(make_base()), folder, BASE)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"saturation_layer": 3}, "trained for saturation_layer=2, but the model has saturation_layer=3"),
+        ({"num_side_layers": 2}, "trained for num_side_layers=1, but the model has num_side_layers=2"),
+        ({"num_fusion_layers": 2}, "trained for num_fusion_layers=1, but the model has num_fusion_layers=2"),
+        (
+            {"text": text_config(intermediate_size=64)},
+            "trained for text_config.intermediate_size=48, but the model has text_config.intermediate_size=64",
+        ),
+        ({"text": text_config(Qwen2Config)}, "text_config.model_type=llama, but the model has .*=qwen2"),
+        ({"seed": 1}, r"trained on org/dpvr-tiny, but the model has other weights: value 0 of .* is .*, there it was"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_with_both_values(adapter, options, message):
+    base = make_base(**options)
+    before = logits(base)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(base, adapter)
+    assert torch.equal(logits(base), before)
+    assert "peft_config" not in vars(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_that_was_only_rounded_is_the_same_base(adapter, dtype):
+    load_adapter(make_base().to(dtype), adapter)
+
+
+def test_shapes_are_compared_where_nothing_is_stated(adapter, tmp_path):
+    from safetensors.torch import save_file
+
+    weights, _ = stored(adapter)
+    name = next(key for key in weights if "q_proj" in key)
+    for change, message in (
+        ({name: torch.zeros(4, 4)}, r"q_proj.weight has shape \(4, 4\) there, but \(32, 32\) in the model"),
+        (
+            {name.replace("layers.0", "layers.1"): weights[name].clone()},
+            r"layers.1.*\(32, 32\) there, but None in the model",
+        ),
+    ):
+        save_file(weights | change, tmp_path / "side_branch.safetensors")
+        with pytest.raises(AdapterError, match=message):
+            load_adapter(make_base(), tmp_path)
+    del weights[name]
+    save_file(weights, tmp_path / "side_branch.safetensors")
+    with pytest.raises(AdapterError, match=r"q_proj.weight has shape None there, but \(32, 32\) in the model"):
+        load_adapter(make_base(), tmp_path)
+
+
+def test_files_that_are_no_adapter_are_refused(tmp_path):
+    with pytest.raises(AdapterError, match=r"has neither adapter_model.safetensors nor side_branch.safetensors"):
+        load_adapter(make_base(), tmp_path)
+    with pytest.raises(AdapterError, match="neither a file, a folder nor a Hub repository that can be read"):
+        load_adapter(make_base(), tmp_path / "absent")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        load_adapter(make_base(), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- LLaVA as the base
+
+
+@pytest.fixture(scope="module", params=["old names", "new names"])
+def llava(request, tmp_path_factory):
+    """A LLaVA checkpoint in several shards, with the weight names of transformers 4 or 5."""
+    folder = tmp_path_factory.mktemp("llava")
+    make_llava().save_pretrained(folder, max_shard_size="40KB", save_original_format=request.param == "old names")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 1
+    assert ("language_model.lm_head.weight" in index) == (request.param == "old names")
+    return folder
+
+
+def test_every_weight_of_llava_arrives_and_the_side_branch_is_the_identity(llava):
+    model = from_llava(llava, saturation_layer=NUM_LAYERS - 1)
+    state = model.state_dict()
+    for name, weight in make_llava().state_dict().items():
+        assert torch.equal(state[name], weight), name
+    with torch.no_grad():
+        expected = make_llava()(**{k: v for k, v in BATCH.items() if k != "mm_token_type_ids"}).logits
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_one_call_gives_a_llava_checkpoint_with_an_adapter(llava, tmp_path):
+    model = add_adapter(from_llava(llava, saturation_layer=4))
+    expected = train(model, 3)
+    save_adapter(model, tmp_path, "llava-hf/llava-tiny")
+    loaded = from_llava(llava, adapter=tmp_path)
+    assert loaded.config.saturation_layer == 4
+    assert torch.equal(logits(loaded), expected)
+    with pytest.raises(AdapterError, match="trained for saturation_layer=4, but 3 was asked for"):
+        from_llava(llava, adapter=tmp_path, saturation_layer=3)
+
+
+def test_the_paper_proportion_is_the_default(llava):
+    assert from_llava(llava).config.saturation_layer == 18 * NUM_LAYERS // 32
+
+
+def test_base_state_names_weights_as_a_checkpoint_does():
+    names = set(make_base().state_dict())
+    assert set(base_state(add_adapter(make_base()))) == names
+    assert set(base_state(add_adapter(make_base(), "fusion"))) == names

@@ -1,0 +1,467 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+Adapters of DPVR: standard PEFT files, `adapter_config.json` and `adapter_model.safetensors`, that hold the side
+branch, LoRA weights if the adapter has any, and nothing else.
+
+PEFT has no method that is called "train these modules whole". Its LN tuning is one by another name: the tuner keeps a
+trainable copy of every module that it targets, whatever its kind. Aimed at the leaves of the side branch (projections
+and norms) it does all that an adapter must: `PeftModel.from_pretrained` and transformers' `model.load_adapter` take
+the file, several are switched, disabled, merged and unmerged, no weight is cast. The alternatives fail (PEFT 0.21,
+transformers 5.23):
+
+- LN tuning of `side_branch` as one module saves the adapter's name into its keys, so that it loads under no other
+  name, without a word, and cannot be merged and unloaded.
+- LoRA without targets is refused. LoRA aimed at PEFT's internal name of no module, with `modules_to_save`, works in
+  `PeftModel`; in transformers a second adapter gives wrong outputs, adapters that were disabled stay so, and
+  `save_pretrained` fails.
+
+An adapter with LoRA is a LoRA adapter whose `modules_to_save` is the side branch, which PEFT documents. Load it with
+`PeftModel` or `load_adapter` below: transformers' own `enable_adapters`, and its loading of a second one, leave the
+side branch of such an adapter behind.
+
+What an adapter was trained for (saturation layer, side and fusion layers, the decoder's shape, the base model's name
+and a few of its weights) is metadata of the safetensors file: PEFT warns of fields that it does not know in
+`adapter_config.json`. `load_adapter` below refuses an adapter that does not fit. PEFT's own loaders do not read it:
+they refuse wrong shapes, but not another saturation layer.
+
+Keep adapters in a repository, or a subfolder, of their own: `from_pretrained` of a repository with an
+`adapter_config.json` at its root loads the base model that this names, by the base's config and code.
+"""
+
+import copy
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from peft import (
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from convert_llava_to_dpvr import build_processor, choose_saturation_layer, is_bare_template, make_dpvr_config
+from processing_dpvr import DPVRProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = "adapter_config.json", "adapter_model.safetensors", "side_branch.safetensors"
+# Regular expressions, because names that are listed match by their end and would hit the decoder's layers too
+BRANCH_LEAVES = r"(.*\.)?side_branch\.layers\.\d+\.(.+\.)?\w*(proj|norm)"
+FUSION_PROJECTIONS = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w+_proj"
+BRANCH = r"(.*\.)?side_branch(\..*)?"
+ROUTING = ("saturation_layer", "num_side_layers", "num_fusion_layers")
+SHAPE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+# A base model is known by the first values of these: small, trained in every LLaVA, and rounded by no quantization
+SAMPLED = (
+    "model.multi_modal_projector.linear_1.weight",
+    "model.multi_modal_projector.linear_2.weight",
+    "model.multi_modal_projector.linear_1.bias",
+    "model.language_model.norm.weight",
+)
+SAMPLE_SIZE = 8
+SAMPLE_TOLERANCE = 0.01  # relative; bfloat16 and float16 round by less than 0.5 %
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read or does not fit the model; the message says what and why."""
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+def fusion_lora_config(config, r: int = 16, lora_alpha: int = 32, lora_dropout: float = 0.0) -> LoraConfig:
+    """LoRA on every projection of the fusion layers of a DPVR of this config."""
+    layers = range(config.first_fusion_layer, config.text_config.num_hidden_layers)
+    return LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=FUSION_PROJECTIONS.format(layers="|".join(map(str, layers))),
+    )
+
+
+def _with_side_branch(config: PeftConfig) -> PeftConfig:
+    """A copy of a user's config that trains the side branch whole and puts nothing else into it."""
+    if not {"modules_to_save", "exclude_modules"} <= set(config.to_dict()):
+        raise AdapterError(f"{type(config).__name__} cannot save the side branch: it takes no modules_to_save.")
+    config = copy.deepcopy(config)
+    config.modules_to_save = sorted({*(config.modules_to_save or []), "side_branch"})
+    excluded = config.exclude_modules or []
+    patterns = [excluded] if isinstance(excluded, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded)]
+    config.exclude_modules = "|".join(f"({pattern})" for pattern in [*patterns, BRANCH])
+    return config
+
+
+def add_adapter(
+    model: PreTrainedModel | PeftModel, lora: str | PeftConfig | None = None, name: str = "default"
+) -> PeftModel:
+    """Makes the side branch of a DPVR trainable as a new adapter, which is active, and freezes all else.
+
+    Args:
+        model: a `DPVRForConditionalGeneration`, wrapped in place, or a `PeftModel` that gets one more adapter. The
+            new side branch starts as a copy of the model's own.
+        lora: None for the side branch alone, `"fusion"` for LoRA of rank 16 on the fusion layers as well, or any
+            config of PEFT that takes `modules_to_save`; the side branch is added to it.
+        name: of the adapter.
+
+    Raises:
+        AdapterError: the model is no DPVR, the name is taken, or the config cannot hold a side branch.
+    """
+    config = _check_is_dpvr(model).config
+    if lora is None:
+        peft_config = LNTuningConfig(target_modules=BRANCH_LEAVES)
+    elif lora == "fusion":
+        peft_config = _with_side_branch(fusion_lora_config(config))
+    elif isinstance(lora, PeftConfig):
+        peft_config = _with_side_branch(lora)
+    else:
+        raise AdapterError(f'lora={lora!r} is neither None, "fusion" nor a config of PEFT.')
+    _check_name_is_free(model, name)
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, peft_config, adapter_name=name)
+    model.add_adapter(name, peft_config)
+    model.set_adapter(name)
+    return model
+
+
+def _check_is_dpvr(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The DPVR in `model`."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    if model_type != "dpvr":
+        raise AdapterError(
+            f"{type(base).__name__} (model_type {model_type!r}) is no DPVR and has no side branch. Convert LLaVA with "
+            "convert_llava_to_dpvr.py, or load it with training.adapters.from_llava."
+        )
+    return base
+
+
+def _check_name_is_free(model: PreTrainedModel | PeftModel, name: str) -> None:
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise AdapterError(
+            f"The model already has an adapter {name!r} (it has: {', '.join(model.peft_config)}). Choose another "
+            f"name, or remove it with model.delete_adapter({name!r})."
+        )
+
+
+# ---------------------------------------------------------------------------------------------- what it belongs to
+
+
+def base_state(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """The base model's own weights by the names that they have in a checkpoint, whatever adapters surround them."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {
+        re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): weight
+        for name, weight in base.state_dict().items()
+        if not re.search(r"\.(ln_tuning_layers|modules_to_save|lora_\w+)\.", name)
+    }
+
+
+def sample_base(model: PreTrainedModel | PeftModel) -> dict[str, list[float]]:
+    """The first values of a few weights of the base model, without those that are quantized or not in memory."""
+    state, sample = base_state(model), {}
+    for name in SAMPLED:
+        weight = state.get(name)
+        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        if type(weight) is torch.Tensor and weight.is_floating_point() and not weight.is_meta:
+            sample[name] = [float(f"{value:.6g}") for value in weight.flatten()[:SAMPLE_SIZE].tolist()]
+    return sample
+
+
+def describe(config) -> dict[str, str]:
+    """Routing and decoder shape of a DPVR config, as an adapter's metadata states them."""
+    text = config.text_config
+    return {
+        **{name: str(getattr(config, name)) for name in ROUTING},
+        **{f"text_config.{name}": str(getattr(text, name)) for name in SHAPE if hasattr(text, name)},
+    }
+
+
+def check_adapter(path: Path, model: PreTrainedModel | PeftModel) -> None:
+    """Compares what the file of an adapter states, and the shapes in it, with the model.
+
+    Raises:
+        AdapterError: naming the field or weight and both values.
+    """
+    stated, shapes = read_header(path)
+    base = _check_is_dpvr(model)
+    for field, value in describe(base.config).items():
+        if stated.get(field, value) != value:
+            raise AdapterError(
+                f"{path} was trained for {field}={stated[field]}, but the model has {field}={value}. Load the base "
+                "with what the adapter was trained for, or another adapter."
+            )
+    expected = {name: tuple(weight.shape) for name, weight in base_state(base).items() if ".side_branch." in name}
+    stored = {name: shape for key, shape in shapes.items() if (name := branch_name(key))}
+    for name in sorted(expected.keys() | stored.keys()):
+        if stored.get(name) != expected.get(name):
+            raise AdapterError(
+                f"{path}: {name} has shape {stored.get(name)} there, but {expected.get(name)} in the model (None: it "
+                "has no such weight)."
+            )
+    _check_base(path, stated, base)
+
+
+def _check_base(path: Path, stated: dict[str, str], base: PreTrainedModel) -> None:
+    there = json.loads(stated.get("base_sample", "{}"))
+    for name, values in sample_base(base).items():
+        for i, (ours, theirs) in enumerate(zip(values, there.get(name, []), strict=False)):
+            if abs(ours - theirs) > SAMPLE_TOLERANCE * max(abs(ours), abs(theirs)) + 1e-6:
+                raise AdapterError(
+                    f"{path} was trained on {stated.get('base_model')}, but {base.name_or_path or 'the model'} has "
+                    f"other weights: value {i} of {name} is {ours:g}, there it was {theirs:g}."
+                )
+
+
+def branch_name(key: str) -> str | None:
+    """The name in a checkpoint of a side-branch weight that an adapter calls `key`; None if it is none of these."""
+    match = re.search(r"(?:^|\.)(side_branch\.layers\.\d+\..+)$", key)
+    return "model." + match[1].replace(".ln_tuning_layers.", ".") if match else None
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Metadata and shapes of a safetensors file, without its weights."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, shapes
+    except SafetensorError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: str | Path,
+    base: str,
+    name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    revision: str | None = None,
+) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` into `folder`, over those of an earlier save.
+
+    Args:
+        model: as `add_adapter` or `load_adapter` returns it. For one that is sharded over processes, pass its gathered
+            `state_dict` and save in one process only.
+        folder: is made if it does not exist; other files in it stay.
+        base: Hub id of the base model, a DPVR or the LLaVA that `from_llava` takes; of a local folder its last name is
+            kept, not its path.
+        name: of the adapter in `model`. It is not saved.
+        dtype: of the side branch in the file; by default that of the frozen model around it.
+        state_dict: of `model`.
+        revision: commit of `base`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = Path(base).resolve().name if Path(base).is_dir() else base
+    dtype = dtype or _backbone_dtype(model)
+    weights = get_peft_model_state_dict(model, state_dict, adapter_name=name, save_embedding_layers=False)
+    weights = {
+        key: (weight.to(dtype) if branch_name(key) else weight)
+        .detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
+        for key, weight in weights.items()
+    }
+    config = copy.deepcopy(model.peft_config[name])
+    config.inference_mode, config.auto_mapping = True, None
+    config.base_model_name_or_path, config.revision = base, revision
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    metadata = {
+        "format": "pt",
+        **describe(model.get_base_model().config),
+        "base_model": base,
+        "base_sample": json.dumps(sample_base(model)),
+    }
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
+        save_file(weights, Path(staging, WEIGHTS_FILE), metadata)
+        Path(staging, CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        mode = Path(staging, CONFIG_FILE).stat().st_mode
+        Path(staging, WEIGHTS_FILE).chmod(mode)  # safetensors makes files for the owner only
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(Path(staging, file), folder / file)
+
+
+def _backbone_dtype(model: PeftModel) -> torch.dtype:
+    return model.get_base_model().model.language_model.norm.weight.dtype
+
+
+def adapter_path(adapter: str | Path, subfolder: str | None = None, **download) -> Path:
+    """The weights of an adapter: a file, the file in a folder, or a local copy of that in a Hub repository.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    folder = Path(adapter)
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        inside = f"{subfolder}/" if subfolder else ""
+        patterns = [inside + file for file in (CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE)]
+        try:
+            folder = Path(snapshot_download(str(adapter), allow_patterns=patterns, **download))
+        except (HFValidationError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise AdapterError(
+                f"{adapter} is neither a file, a folder nor a Hub repository that can be read: {reason}"
+            ) from error
+    folder = folder / (subfolder or "")
+    for file in (WEIGHTS_FILE, PLAIN_FILE):
+        if (folder / file).is_file():
+            return folder / file
+    raise AdapterError(f"{folder} has neither {WEIGHTS_FILE} nor {PLAIN_FILE}.")
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel,
+    adapter: str | Path,
+    name: str = "default",
+    *,
+    is_trainable: bool = False,
+    subfolder: str | None = None,
+    **download,
+) -> PeftModel:
+    """Adds a saved adapter to a DPVR and activates it. `set_adapter(name)` of the result switches between several.
+
+    Args:
+        model: a `DPVRForConditionalGeneration`, wrapped in place, or a `PeftModel` that gets one more adapter.
+        adapter: folder, Hub id, or a safetensors file with a side branch alone, such as `side_branch.safetensors`.
+        name: that the adapter gets in `model`.
+        is_trainable: to train it on.
+        subfolder: of folder or repository.
+        download: `revision`, `token`, `cache_dir`, `local_files_only` of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        AdapterError: it is not there, not an adapter, or made for another base, shape or saturation layer. The model
+            is as before.
+    """
+    path = adapter_path(adapter, subfolder, **download)
+    check_adapter(path, model)
+    _check_name_is_free(model, name)
+    if path.name != WEIGHTS_FILE or not (path.parent / CONFIG_FILE).is_file():
+        model = add_adapter(model, name=name)
+        weights = {_tuned(branch_name(key)): weight for key, weight in load_file(path).items()}
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+    elif isinstance(model, PeftModel):
+        model.load_adapter(str(path.parent), adapter_name=name, is_trainable=is_trainable)
+    else:
+        model = PeftModel.from_pretrained(model, str(path.parent), adapter_name=name, is_trainable=is_trainable)
+    model.set_adapter(name, inference_mode=not is_trainable)
+    return model
+
+
+def _tuned(name: str) -> str:
+    """What an adapter of the side branch alone calls the weight `name` of a checkpoint."""
+    module, _, weight = name.rpartition(".")
+    return f"base_model.model.{module}.ln_tuning_layers.{weight}"
+
+
+def merge_adapter(model: PeftModel, name: str | None = None) -> PreTrainedModel:
+    """The DPVR with an adapter merged in, the active one by default. `save_pretrained` of it writes an ordinary
+    checkpoint that loads without PEFT. `model` is taken apart; its other adapters are gone."""
+    dtype = _backbone_dtype(model)
+    if name is not None:
+        model.set_adapter(name, inference_mode=True)
+    merged = model.merge_and_unload()
+    merged.model.side_branch.to(dtype)
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------- LLaVA as the base
+
+
+def from_llava(
+    llava: str | Path,
+    adapter: str | Path | None = None,
+    saturation_layer: int | None = None,
+    *,
+    adapter_kwargs: dict | None = None,
+    **kwargs,
+) -> PreTrainedModel:
+    """A DPVR whose frozen weights are read from a LLaVA checkpoint as they are: no conversion, no copy on disk.
+
+    Args:
+        llava: Hub id or folder of a checkpoint in the layout of llava-hf, with weights named by transformers 4 or 5.
+        adapter: Hub id or folder of an adapter, merged into the model. Without, the side branch is the identity; use
+            `load_adapter` on the result to switch between several.
+        saturation_layer: S; by default the adapter's, without one the paper's proportion, 18 of 32.
+        adapter_kwargs: `subfolder`, `revision`, `token`, ... of the adapter.
+        kwargs: of `from_pretrained`: `dtype` (default `"auto"`), `device_map`, `revision`, `token`, ...
+
+    Raises:
+        AdapterError: the checkpoint is not of this layout, or the adapter does not fit it.
+
+    Example:
+
+    ```python
+    >>> model = from_llava("llava-hf/llava-1.5-7b-hf", adapter="user/dpvr-adapter", device_map="auto")
+    >>> processor = processor_from_llava("llava-hf/llava-1.5-7b-hf")
+    ```
+    """
+    config = _llava_config(llava, **kwargs)
+    path = None if adapter is None else adapter_path(adapter, **(adapter_kwargs or {}))
+    routing = _choose_routing(path, saturation_layer, config.text_config.num_hidden_layers)
+    dpvr_class = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
+    config = dpvr_class.config_class(**make_dpvr_config(config, routing, None).to_dict())
+    model = dpvr_class.from_pretrained(llava, config=config, **{"dtype": "auto", **kwargs}).eval()
+    return model if path is None else merge_adapter(load_adapter(model, path))
+
+
+def _choose_routing(adapter: Path | None, saturation_layer: int | None, num_layers: int) -> dict[str, int]:
+    """The routing that an adapter was trained for; what it does not state, or no adapter does, as the converter has
+    it."""
+    stated = read_header(adapter)[0] if adapter else {}
+    routing = {name: int(stated.get(name, 1)) for name in ROUTING}
+    trained = stated.get("saturation_layer")
+    if None not in (trained, saturation_layer) and int(trained) != saturation_layer:
+        raise AdapterError(
+            f"{adapter} was trained for saturation_layer={trained}, but {saturation_layer} was asked for."
+        )
+    layer = saturation_layer if trained is None else int(trained)
+    routing["saturation_layer"], _ = choose_saturation_layer(layer, num_layers, routing["num_fusion_layers"], None)
+    return routing
+
+
+def processor_from_llava(llava: str | Path, **kwargs) -> DPVRProcessor:
+    """The processor for `from_llava`, as the converter makes it: LLaVA-1.5's own padding and conversation, or the chat
+    template of a checkpoint that has one of its own. `kwargs` are those of `from_pretrained`: `revision`, ..."""
+    config = _llava_config(llava, **kwargs)
+    processor = AutoProcessor.from_pretrained(llava, **kwargs)
+    do_pad = processor.image_processor.to_dict().get("do_pad")  # CLIP's does not say; LLaVA pads
+    template = None if is_bare_template(processor) else processor.chat_template
+    return build_processor(config, processor.image_processor, processor.tokenizer, do_pad is not False, template)
+
+
+def _llava_config(llava: str | Path, **kwargs) -> LlavaConfig:
+    download = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    config = AutoConfig.from_pretrained(llava, trust_remote_code=False, **download)
+    if type(config) is not LlavaConfig:
+        raise AdapterError(
+            f"{llava} has model_type {config.model_type!r}, but a checkpoint in the layout of llava-hf ('llava') is "
+            "wanted. Convert the original layout with convert_llava_to_dpvr.py."
+        )
+    return config

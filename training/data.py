@@ -1,0 +1,360 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+Conversations about images, as token ids with a loss on the answers alone.
+
+Two sources give the same rows:
+
+- LLaVA's own JSON (llava_v1_5_mix665k.json): `[{"id", "image": path or list of paths, "conversations": [{"from":
+  "human" or "gpt", "value": text with <image>}]}]`, also as JSON lines;
+- a folder of the `datasets` library (saved by `save_to_disk`, an image folder, parquet, ...) with a column `messages`
+  of chat messages or `conversations` as above, and `image` or `images`.
+
+As in LLaVA, the images of a message come before its text. A row that cannot be trained on is never an exception in the
+middle of a run: it is reported once, with its reason, to `bad_rows.jsonl`, and the next good row takes its place.
+"""
+
+import copy
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from training.staged import IGNORED
+
+IMAGE = "<image>"
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+REASONS = (
+    "no conversation",
+    "empty answer",
+    "image count",
+    "missing image",
+    "corrupt image",
+    "too long",
+    "template",
+)
+
+
+class BadRowError(ValueError):
+    """A row that cannot be trained on; `reason` is one of `REASONS`, the message says more."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+# --- sources
+
+
+def read_rows(source: Path):
+    """The rows of a JSON or JSON lines file of LLaVA's format, or of a folder of the `datasets` library: anything with
+    a length whose items are dictionaries.
+
+    Raises:
+        ValueError: the file does not hold a list of rows.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"{source} does not exist.")
+    if source.is_dir() or source.suffix not in (".json", ".jsonl"):
+        return read_datasets(source)
+    try:
+        with source.open(encoding="utf-8") as file:
+            rows = (
+                [json.loads(line) for line in file if line.strip()] if source.suffix == ".jsonl" else json.load(file)
+            )
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{source} holds a {type(rows).__name__}, not a list of rows.")
+    return rows
+
+
+def read_datasets(source: Path, split: str = "train"):
+    """A split of a folder that `datasets` can read, its images undecoded: a broken one is then one bad row."""
+    from datasets import Image as ImageFeature
+    from datasets import List, load_dataset, load_from_disk
+
+    is_saved = (source / "state.json").is_file() or (source / "dataset_dict.json").is_file()
+    if is_saved:
+        rows = load_from_disk(str(source))
+    elif source.is_dir():
+        rows = load_dataset(str(source))
+    else:
+        rows = load_dataset(source.suffix.lstrip("."), data_files=str(source))
+    if isinstance(rows, dict):
+        rows = rows[split] if split in rows else next(iter(rows.values()))
+    for name, feature in rows.features.items():
+        if isinstance(feature, ImageFeature):
+            rows = rows.cast_column(name, ImageFeature(decode=False))
+        elif isinstance(getattr(feature, "feature", None), ImageFeature):
+            rows = rows.cast_column(name, List(ImageFeature(decode=False)))
+    return rows
+
+
+# --- one row
+
+
+def read_conversation(row: dict) -> tuple[list[dict], list]:
+    """Chat messages and images, not yet opened, of a row.
+
+    Raises:
+        BadRowError: no conversation, an empty answer, or another number of `<image>` than of images.
+    """
+    turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise BadRowError("no conversation", "neither `conversations` nor `messages` holds a list of turns")
+    messages = [read_turn(turn, number) for number, turn in enumerate(turns)]
+    if messages[0]["role"] == "assistant":  # as in LLaVA: a conversation begins with the human
+        messages = messages[1:]
+    answers = [message["content"][-1]["text"] for message in messages if message["role"] == "assistant"]
+    if not answers or messages[0]["role"] == "assistant":
+        raise BadRowError("no conversation", "no question that is followed by an answer")
+    if not all(answers):
+        raise BadRowError("empty answer", f"answer {answers.index('')} has no text")
+    images = row.get("images") or row.get("image") or []
+    images = images if isinstance(images, list) else [images]
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    if images and not parts and "messages" in row:  # TRL's convention: unplaced images open the conversation
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"][:0] = [{"type": "image"} for _ in images]
+    elif len(parts) != len(images):
+        raise BadRowError("image count", f"{len(parts)} {IMAGE} in the conversation, {len(images)} images")
+    return messages, images
+
+
+def read_turn(turn: dict, number: int) -> dict:
+    """A turn of either format as a chat message whose content is its images, then one text."""
+    role = ROLES.get(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else None
+    content = turn.get("value", turn.get("content")) if role else None
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise BadRowError("no conversation", f"turn {number} has no role or no text")
+    texts = [part.get("text") or "" for part in content if part.get("type") == "text"]
+    num_images = sum(part.get("type") in ("image", "image_url") for part in content)
+    num_images += sum(text.count(IMAGE) for text in texts)
+    if num_images and role != "user":
+        raise BadRowError("image count", f"turn {number}, of the {role}, holds {IMAGE}")
+    text = " ".join(text.replace(IMAGE, "").strip() for text in texts).strip()
+    return {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
+
+
+def open_image(image, folder: Path) -> Image.Image:
+    """An image of a row, decoded: a path below `folder`, bytes or a path as `datasets` has them, or a PIL image.
+
+    Raises:
+        BadRowError: it is missing or broken.
+    """
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, str) and not (folder / image).is_file():
+        raise BadRowError("missing image", str(image))
+    try:
+        if isinstance(image, str):
+            image = folder / image
+        elif isinstance(image, bytes):
+            image = io.BytesIO(image)
+        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+    except Exception as error:  # codecs fail in ways that have no common class
+        raise BadRowError("corrupt image", f"{type(error).__name__}: {error}") from error
+
+
+def answer_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as the processor's chat template writes it, and where in it the answers stand: each from the end
+    of the prompt to the end of its turn, `</s>` included.
+
+    Raises:
+        BadRowError: the template writes a turn another way once others follow it, so that an answer cannot be told apart.
+    """
+
+    def write(turns: list[dict], prompt: bool = False) -> str:
+        return processor.apply_chat_template(turns, add_generation_prompt=prompt)
+
+    text, spans = write(messages), []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, until = write(messages[:number], prompt=True), write(messages[: number + 1])
+        if not (text.startswith(until) and until.startswith(prompt)):
+            raise BadRowError(
+                "template", f"the chat template writes turn {number} in another way once others follow it"
+            )
+        spans.append((len(prompt), len(until)))
+    return text, spans
+
+
+def encode(processor, messages: list[dict], images: list[Image.Image], max_length: int) -> dict[str, torch.Tensor]:
+    """A row as the model takes it, and its labels: -100 but at the tokens of answers.
+
+    Returns:
+        `input_ids`, `mm_token_type_ids` and `labels` `(T,)`, and `pixel_values` `(images, 3, H, W)` if there are any.
+
+    Raises:
+        BadRowError: it has more than `max_length` tokens, or the template cannot be followed.
+    """
+    text, spans = answer_spans(processor, messages)
+    tokenizer, image_id = processor.tokenizer, processor.image_token_id
+    short = tokenizer(text, return_offsets_mapping=True)  # one token for each image, as yet
+    is_answer = torch.tensor([any(a <= i and j <= b and i < j for a, b in spans) for i, j in short["offset_mapping"]])
+    encoded = processor(images=images or None, text=text, return_tensors="pt")
+    row = {name: encoded[name][0] for name in ("input_ids", "mm_token_type_ids")}
+    num_image_tokens = int((row["input_ids"] == image_id).sum())
+    repeats = torch.ones(len(is_answer), dtype=torch.long)
+    repeats[torch.tensor(short["input_ids"]) == image_id] = num_image_tokens // max(len(images), 1)
+    is_answer = is_answer.repeat_interleave(repeats)
+    if len(is_answer) != len(row["input_ids"]):
+        raise BadRowError(
+            "template", f"{len(row['input_ids'])} tokens, but their places in the text give {len(is_answer)}"
+        )
+    if len(is_answer) > max_length:
+        raise BadRowError("too long", f"{len(is_answer)} tokens, more than {max_length}")
+    row["labels"] = torch.where(is_answer, row["input_ids"], IGNORED)
+    if images:
+        row["pixel_values"] = encoded["pixel_values"]
+    return row
+
+
+# --- all rows
+
+
+class BadRows:
+    """The rows that could not be trained on, in a file of JSON lines: `row` (number), `id`, `reason`, `detail`.
+
+    Processes that load data append whole lines; a row that several epochs or processes met is counted once.
+
+    Args:
+        path: of the file.
+        fresh: whether to begin it anew.
+    """
+
+    def __init__(self, path: str | Path, fresh: bool = True):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            self.path.unlink(missing_ok=True)
+        self.seen = set(self.reasons())
+
+    def add(self, number: int, row: dict, error: BadRowError) -> None:
+        if number in self.seen:
+            return
+        self.seen.add(number)
+        name = row.get("id") if isinstance(row, dict) else None
+        line = {"row": number, "id": name, "reason": error.reason, "detail": error.detail}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def reasons(self) -> dict[int, str]:
+        """Reason by number of the row."""
+        if not self.path.exists():
+            return {}
+        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return {line["row"]: line["reason"] for line in lines}
+
+    def summary(self) -> str:
+        counts = Counter(self.reasons().values())
+        listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        return f"{counts.total()} bad rows ({listed}), listed in {self.path}" if counts else "no bad rows"
+
+
+class ConversationDataset(Dataset):
+    """Rows of `read_rows`, encoded when they are asked for.
+
+    What is wrong with the text of a row, and which image files do not exist, is found out at once, for all rows; broken
+    images and rows that are too long, when they are loaded: the next good row then stands in for them, so that every
+    epoch has the same number of steps.
+
+    Args:
+        rows: as from `read_rows`.
+        processor: `DPVRProcessor`.
+        image_folder: what the image paths of the rows start from.
+        bad_rows: where to report.
+        max_length: most tokens of a row.
+
+    Raises:
+        ValueError: no row is any good; the message has the first reasons.
+    """
+
+    def __init__(self, rows, processor, image_folder: Path, bad_rows: BadRows, max_length: int):
+        self.rows, self.processor, self.folder = rows, processor, Path(image_folder)
+        self.bad_rows, self.max_length = bad_rows, max_length
+        self.good = []
+        for number in tqdm(range(len(rows)), desc="checking rows", mininterval=1, disable=None):
+            try:
+                self.check(rows[number])
+                self.good.append(number)
+            except BadRowError as error:
+                bad_rows.add(number, rows[number], error)
+        if not self.good:
+            raise ValueError(f"None of {len(rows)} rows can be trained on: {bad_rows.summary()}.")
+
+    def check(self, row: dict) -> None:
+        _, images = read_conversation(row)
+        for image in images:
+            path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+            if isinstance(path, str) and not (self.folder / path).is_file():
+                raise BadRowError("missing image", path)
+
+    def hold_back(self, num_rows: int) -> "ConversationDataset":
+        """The last `num_rows` rows, which this dataset then no longer has.
+
+        Raises:
+            ValueError: nothing would be left.
+        """
+        if num_rows >= len(self.good):
+            raise ValueError(f"Holding back {num_rows} of {len(self.good)} rows leaves nothing to train on.")
+        held_back = copy.copy(self)
+        held_back.good, self.good = self.good[-num_rows:], self.good[:-num_rows]
+        return held_back
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def load(self, number: int) -> dict[str, torch.Tensor]:
+        """Row `number` of the source, encoded.
+
+        Raises:
+            BadRowError
+        """
+        messages, images = read_conversation(self.rows[number])
+        opened = [open_image(image, self.folder) for image in images]
+        return encode(self.processor, messages, opened, self.max_length)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        for step in range(len(self.good)):
+            number = self.good[(index + step) % len(self.good)]
+            if number in self.bad_rows.seen:
+                continue
+            try:
+                return self.load(number)
+            except BadRowError as error:
+                self.bad_rows.add(number, self.rows[number], error)
+        raise ValueError(f"No row is left that can be trained on: {self.bad_rows.summary()}.")
+
+
+class Collator:
+    """Rows of `ConversationDataset` as a batch, padded on the right.
+
+    Returns:
+        `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` `(B, T)`, and `pixel_values` `(images, 3, H, W)` if
+        a row has an image.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.padding = {"input_ids": pad_token_id, "mm_token_type_ids": 0, "labels": IGNORED}
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+        batch = {name: pad([row[name] for row in rows], value) for name, value in self.padding.items()}
+        batch["attention_mask"] = pad([torch.ones_like(row["input_ids"]) for row in rows], 0)
+        images = [row["pixel_values"] for row in rows if "pixel_values" in row]
+        if images:
+            batch["pixel_values"] = torch.cat(images)
+        return batch

@@ -1,0 +1,329 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+The results of a model's frozen part, on disk: computed once, read in every later epoch and run.
+
+    DIR/index.json                      what the features were made from, and how many rows a shard takes
+    DIR/features-00000.safetensors      rows 0 .. R-1 of the data, one after the other, without padding
+    DIR/features-00001.safetensors      ...
+
+A shard is there in full or not at all, so whatever stopped a run, the next goes on with the shards that lack. Rotary
+positions and masks follow from the lengths, and are not stored; nor are the dense model's logits, which its final
+states give (D numbers for a token instead of V).
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from bisect import bisect_right
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from training.data import BadRowError, Collator, ConversationDataset
+from training.staged import IGNORED, StagedModel, split_rows
+
+INDEX = "index.json"
+SHARD_BYTES = 512 * 2**20
+SAMPLED_ROWS = 32  # whose sizes foretell that of all
+SAMPLED_VALUES = 64  # of each weight, for the fingerprint
+
+
+class CacheError(RuntimeError):
+    """Features that cannot be written, or were made from something else; the message says what to do."""
+
+
+# --- what features depend on
+
+
+def digest(*parts: bytes) -> str:
+    state = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def weights_digest(model: StagedModel) -> str:
+    """Of name, shape and evenly spaced values of every weight of the model that is frozen."""
+    parts = []
+    for name, weight in sorted(model.base.named_parameters()):
+        if any(part in name for part in ("side_branch", "lora_", "modules_to_save")):
+            continue
+        values = weight.detach().flatten()
+        chosen = torch.linspace(0, len(values) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
+        name = name.replace(".base_layer", "").replace(".original_module", "")
+        parts += [f"{name} {tuple(weight.shape)}".encode(), values[chosen.to(values.device)].float().cpu().numpy()]
+    return digest(*parts)
+
+
+def data_digest(dataset: ConversationDataset) -> str:
+    """Of the rows' text and the names of their images. The images' pixels are not read."""
+    rows = dataset.rows
+    if hasattr(rows, "_fingerprint"):  # of the datasets library
+        return digest(rows._fingerprint.encode(), str(len(rows)).encode())
+    return digest(*(json.dumps(rows[number], sort_keys=True).encode() for number in dataset.good))
+
+
+def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.dtype) -> dict:
+    """All that features depend on, by names a user understands."""
+    processor, config = dataset.processor, model.config
+    texts = (processor.chat_template, processor.image_processor.to_json_string())
+    return {
+        "weights": weights_digest(model),
+        "saturation_layer": config.saturation_layer,
+        "num_fusion_layers": config.num_fusion_layers,
+        "processor": digest(*(str(text).encode() for text in texts), _vocabulary(processor.tokenizer)),
+        "data": data_digest(dataset),
+        "rows": len(dataset),
+        "max_length": dataset.max_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "teacher": model.loss == "distill",
+    }
+
+
+def _vocabulary(tokenizer) -> bytes:
+    return json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+
+
+# --- writing
+
+
+def row_bytes(num_tokens: int, num_answers: int, hidden_size: int, itemsize: int, with_teacher: bool) -> int:
+    """Bytes of one row in a shard: states, kind and label of each token, teacher states of the answers' tokens."""
+    return num_tokens * (hidden_size * itemsize + 1 + 8) + with_teacher * num_answers * hidden_size * itemsize + 24
+
+
+def estimate_row(model: StagedModel, dataset: ConversationDataset, dtype: torch.dtype) -> float:
+    """Mean bytes of a row, from rows spaced evenly over the data."""
+    sizes = []
+    for index in np.linspace(0, len(dataset) - 1, min(SAMPLED_ROWS, len(dataset))).astype(int):
+        row = dataset[int(index)]
+        answers = int((row["labels"] != IGNORED).sum())
+        hidden_size = model.config.text_config.hidden_size
+        sizes.append(row_bytes(len(row["labels"]), answers, hidden_size, dtype.itemsize, model.loss == "distill"))
+    return float(np.mean(sizes))
+
+
+def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int) -> dict:
+    """The index of `folder`; made if there is none.
+
+    Raises:
+        CacheError: it was made from something else, or the disk cannot hold what is missing.
+    """
+    path = folder / INDEX
+    if path.exists():
+        index = json.loads(path.read_text())
+        for name, value in expected.items():
+            if index["fingerprint"].get(name) != value:
+                raise CacheError(
+                    f"The features in {folder} were made with {name} {index['fingerprint'].get(name)!r}, but this run "
+                    f"has {value!r}. Give another folder, or delete this one."
+                )
+    else:
+        rows_per_shard = max(1, int(SHARD_BYTES // bytes_per_row))
+        index = {"fingerprint": expected, "rows_per_shard": rows_per_shard, "num_rows": num_rows}
+    missing = [shard for shard in range(num_shards(index)) if not shard_path(folder, shard).exists()]
+    needed, free = bytes_per_row * index["rows_per_shard"] * len(missing), shutil.disk_usage(folder).free
+    needed = min(needed, bytes_per_row * num_rows)
+    if missing:
+        print(
+            f"Features of {num_rows:,} rows: about {bytes_per_row * num_rows / 1e9:.3g} GB in {num_shards(index)} "
+            f"shard(s), of which {len(missing)} ({needed / 1e9:.3g} GB) are still to be computed; "
+            f"{free / 1e9:.3g} GB are free in {folder}",
+            flush=True,
+        )
+    if needed > free:
+        raise CacheError(
+            f"The features need about {needed / 1e9:.3g} GB more, but {folder} has {free / 1e9:.3g} GB free. Nothing "
+            "was written: give a folder on a larger disk, or fewer rows."
+        )
+    if not path.exists():
+        write_whole(path, (json.dumps(index, indent=2) + "\n").encode())
+    return index
+
+
+def num_shards(index: dict) -> int:
+    return -(-index["num_rows"] // index["rows_per_shard"])
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"features-{shard:05}.safetensors"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there in full or not at all.
+
+    Raises:
+        CacheError: the disk is full; what had been written of the file is gone.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CacheError(
+            f"The disk of {path.parent} is full: {path.name} needs {len(content) / 1e9:.3g} GB. What was finished "
+            "before is kept: make room and run the same command again."
+        ) from error
+
+
+class _Loaded(Dataset):
+    """Rows of a `ConversationDataset`, None in the place of a bad one."""
+
+    def __init__(self, dataset: ConversationDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | None:
+        number = self.dataset.good[index]
+        try:
+            return self.dataset.load(number)
+        except BadRowError as error:
+            self.dataset.bad_rows.add(number, self.dataset.rows[number], error)
+            return None
+
+
+def cache_features(
+    folder: str | Path,
+    model: StagedModel,
+    dataset: ConversationDataset,
+    *,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Path:
+    """Computes what is missing of the features of `dataset` in `folder`.
+
+    Args:
+        model: whose frozen part makes them, on its device; with the dense model's states if its loss is `distill`.
+        dtype: in which they are computed and stored; by default that of the frozen weights. Another one than theirs
+            is computed under autocast.
+        batch_size: rows in one call.
+        num_workers: processes that read images.
+        rank, world_size: of this process; each makes its share of the shards.
+
+    Raises:
+        CacheError: the folder holds features of something else, or the disk cannot hold them.
+        ValueError: something before the fusion layers trains, so that features change from step to step.
+    """
+    if not model.features_frozen:
+        raise ValueError("Features cannot be kept: something before the fusion layers trains, and would change them.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = model.core.language_model.norm.weight.dtype
+    dtype = dtype or own
+    expected = fingerprint(model, dataset, dtype)
+    index = open_index(folder, expected, estimate_row(model, dataset, dtype), len(dataset))
+    loaded, collate = _Loaded(dataset), Collator(dataset.processor.tokenizer.pad_token_id)
+    shards = [s for s in range(rank, num_shards(index), world_size) if not shard_path(folder, s).exists()]
+    spans = [range(s * index["rows_per_shard"], min((s + 1) * index["rows_per_shard"], len(loaded))) for s in shards]
+    device = model.core.language_model.norm.weight.device
+    was_training = model.training
+    model.eval()
+    with tqdm(total=sum(map(len, spans)), desc="computing features", mininterval=1, disable=rank > 0) as bar:
+        for shard, span in zip(shards, spans, strict=True):
+            rows = []
+            loader = DataLoader(
+                Subset(loaded, span), batch_size, collate_fn=_without_bad_rows(collate), num_workers=num_workers
+            )
+            for batch, size in loader:
+                if batch is not None:
+                    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != own):
+                        features = model.compute_features(**batch)
+                    rows += [{k: v.cpu() for k, v in row.items()} for row in split_rows(features)]
+                bar.update(size)
+            write_whole(shard_path(folder, shard), save(pack_rows(rows, dtype, model.config.text_config.hidden_size)))
+    model.train(was_training)
+    return folder
+
+
+class _without_bad_rows:  # noqa: N801  a class, not a closure, so that worker processes can be sent it
+    """A collator that leaves out rows that are None, and tells how many rows there were."""
+
+    def __init__(self, collate: Collator):
+        self.collate = collate
+
+    def __call__(self, rows: list) -> tuple[dict | None, int]:
+        good = [row for row in rows if row is not None]
+        return (self.collate(good) if good else None), len(rows)
+
+
+def pack_rows(rows: list[dict[str, torch.Tensor]], dtype: torch.dtype, hidden_size: int) -> dict[str, torch.Tensor]:
+    """Rows of `split_rows` end to end, and the lengths that tell them apart."""
+    empty = {"hidden_states": torch.empty(0, hidden_size), "is_vision": torch.empty(0, dtype=torch.bool)}
+    empty |= {"labels": torch.empty(0, dtype=torch.long), "teacher_states": torch.empty(0, hidden_size)}
+    names = rows[0].keys() if rows else empty
+    packed = {name: torch.cat([row[name] for row in rows]) if rows else empty[name] for name in names}
+    for name in ("hidden_states", "teacher_states"):
+        if name in packed:
+            packed[name] = packed[name].to(dtype)
+    packed["tokens"] = torch.tensor([len(row["labels"]) for row in rows], dtype=torch.long)
+    packed["answers"] = torch.tensor([len(row.get("teacher_states", ())) for row in rows], dtype=torch.long)
+    return {name: tensor.contiguous() for name, tensor in packed.items()}
+
+
+# --- reading
+
+
+class CachedFeatures(Dataset):
+    """Rows of a folder that `cache_features` filled, for `collate_rows`. Nothing is in memory but what is asked for.
+
+    Raises:
+        CacheError: shards are missing.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = json.loads((self.folder / INDEX).read_text())
+        self.paths = [shard_path(self.folder, shard) for shard in range(num_shards(index))]
+        missing = [path.name for path in self.paths if not path.exists()]
+        if missing:
+            raise CacheError(f"{self.folder} lacks {len(missing)} of {len(self.paths)} shards, {missing[0]} first.")
+        self.tokens, self.answers, self.starts = [], [], [0]
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                self.tokens.append(_ends(file.get_tensor("tokens")))
+                self.answers.append(_ends(file.get_tensor("answers")))
+            self.starts.append(self.starts[-1] + len(self.tokens[-1]) - 1)
+        self.files = {}
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "files": {}}  # a process that loads data opens its own
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect_right(self.starts, index) - 1
+        row = index - self.starts[shard]
+        if shard not in self.files:
+            self.files[shard] = safe_open(self.paths[shard], framework="pt")
+        file = self.files[shard]
+        tokens = slice(*self.tokens[shard][row : row + 2])
+        answers = slice(*self.answers[shard][row : row + 2])
+        names = [name for name in ("hidden_states", "is_vision", "labels", "teacher_states") if name in file.keys()]  # noqa: SIM118
+        return {name: file.get_slice(name)[answers if name == "teacher_states" else tokens] for name in names}
+
+
+def _ends(lengths: torch.Tensor) -> list[int]:
+    return [0, *lengths.cumsum(0).tolist()]

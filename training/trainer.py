@@ -1,0 +1,97 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Transformers' Trainer for a model of which a few percent train: its checkpoints hold these, not the whole model."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+TRAINED_WEIGHTS = "trained.safetensors"
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that train, by names that wrappers of FSDP and of checkpointing do not change."""
+    named = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    return {name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight in named}
+
+
+def count_trainable(model: nn.Module) -> tuple[int, int, str]:
+    """Weights that train, weights in all, and a line that says so. Full copies that an adapter keeps of modules count
+    once, where they train."""
+    trained = sum(weight.numel() for weight in trainable(model).values())
+    frozen = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if not (weight.requires_grad or ("side_branch" in name and ("base_layer" in name or "original_mod" in name)))
+    )
+    total = trained + frozen
+    return trained, total, f"{trained:,} of {total:,} parameters train ({trained / total:.2%})"
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was finished: its state is written last."""
+    finished = []
+    for path in Path(output).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+            finished.append((int(path.name.split("-")[-1]), path))
+        except (OSError, ValueError):
+            continue  # the run was killed while it wrote
+    return max(finished)[1] if finished else None
+
+
+class SideBranchTrainer(Trainer):
+    """Saves and loads what trains; optimizer, schedule, random states and progress as the Trainer does.
+
+    The Trainer itself would write the whole model, 14 GB for 7B, into each checkpoint.
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        weights = {}
+        for name, weight in trainable(self.model).items():  # every process: a sharded weight is gathered from all
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            weights[name] = weight.detach().cpu().contiguous()
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / TRAINED_WEIGHTS, {"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
+        expected = trainable(model or self.model)
+        with safe_open(path, framework="pt") as file:
+            stored = set(file.keys())
+            if stored != set(expected):
+                differing = sorted(stored ^ set(expected))
+                raise ValueError(
+                    f"{path} holds {len(stored)} weights, but {len(expected)} train in this run; {differing[0]} is in "
+                    "only one of the two. Resume with the --lora or --peft-config that the run began with."
+                )
+            with torch.no_grad():
+                for name, weight in expected.items():
+                    value = file.get_tensor(name).to(weight.device, weight.dtype)
+                    if isinstance(weight, DTensor):
+                        value = distribute_tensor(value, weight.device_mesh, weight.placements)
+                    weight.copy_(value)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer  # the Trainer would write the frozen shards along with it
+
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
