@@ -43,6 +43,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast
@@ -51,6 +52,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file may
 
 from benchmarks import accounting
 from benchmarks.accounting import Flops, LayerLoad
+
+# Checkpoints name LLaVA's weights as transformers 4 did; classes that are not its own are left out of the renaming
+for ours, llavas in (("PrunedLlava", "llava"), ("PrunedLlavaModel", "LlavaModel")):
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(llavas), overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -258,8 +263,14 @@ class PrunedLlavaModel(LlavaModel):
         position_ids: torch.LongTensor | None,
         cache: Cache,
         last_column: torch.LongTensor | None,
+        first_layer: int = 0,
     ) -> torch.Tensor:
-        """The decoder on embeddings `(B, T, D)`: its last, normalized states, `(B, T, D)`."""
+        """The decoder on embeddings `(B, T, D)`: its last, normalized states, `(B, T, D)`.
+
+        Args:
+            first_layer: where to begin, if `inputs_embeds` are the states that reach this layer; no stage and no
+                ranking layer may come before it.
+        """
         layers = self.language_model.layers
         stages = {stage.layer: stage for stage in self.stages if stage.layer < len(layers)}
         is_prompt = cache.get_seq_length() == 0
@@ -273,7 +284,7 @@ class PrunedLlavaModel(LlavaModel):
 
         mask = self.make_mask(inputs_embeds, attention_mask, cache, 0)
         hidden_states = all_states = layer_input = inputs_embeds
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(layers[first_layer:], start=first_layer):
             if i in stages:
                 if is_prompt:
                     all_states = put(all_states, tokens, hidden_states)
