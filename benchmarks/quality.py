@@ -44,6 +44,7 @@ from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
 from benchmarks.side_branch_seeds import labelled, mean_interval, text_batch, write_results
 from benchmarks.side_branch_seeds import train as train_side_branch
+from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from convert_llava_to_dpvr import convert
 from training.staged import Features, StagedModel, predicts, split_rows
@@ -424,37 +425,56 @@ def percent(values: np.ndarray) -> str:
 
 
 def table(entries: list[Entry]) -> str:
-    """A row for each method, in Markdown. `F` and `K`: on the Pareto front of all kinds by FLOPs, by KV bytes."""
-    lines = []
-    for model in dict.fromkeys(entry.model for entry in entries):
-        rows = [entry for entry in entries if entry.model == model]
-        dense = rows[0]
-        lines += [
-            "",
-            f"| {model} | FLOPs % | KV % | {' | '.join(task.KINDS)} | of dense % | front |",
-            "|" + " --- |" * (len(task.KINDS) + 5),
+    """A row for each method. Front: F by FLOPs, K by KV bytes, for the mean of all kinds."""
+    rows, header = [], ["LLaVA", "method", "FLOPs %", "KV %", *task.KINDS, "of dense %", "front"]
+    for entry in entries:
+        beside = [other for other in entries if other.model == entry.model]
+        dense = next(other for other in beside if other.name == "dense")
+        front = [
+            letter for letter, cost in (("F", "flops"), ("K", "kv_bytes")) if not better(entry, beside, cost, "all")
         ]
-        for entry in rows:
-            kinds = " | ".join(percent(entry.accuracy[kind]) for kind in task.KINDS)
-            kept = percent(entry.accuracy["all"] / dense.accuracy["all"])
-            front = "".join(
-                letter for letter, cost in (("F", "flops"), ("K", "kv_bytes")) if not better(entry, rows, cost, "all")
-            )
-            lines.append(
-                f"| {entry.name} | {100 * entry.flops:.1f} | {100 * entry.kv_bytes:.1f} | {kinds} | {kept} | {front} |"
-            )
-    return "\n".join(lines[1:])
+        rows.append(
+            [
+                entry.model,
+                entry.name,
+                f"{100 * entry.flops:.1f}",
+                f"{100 * entry.kv_bytes:.1f}",
+                *(percent(entry.accuracy[kind]) for kind in task.KINDS),
+                percent(entry.accuracy["all"] / dense.accuracy["all"]),
+                "".join(front),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def by_layer(record: dict) -> str:
+    """What leaving at each layer does to the vision-heavy kinds: gone for good (VTW), or on the side (DPVR)."""
+    found = {(entry.model, entry.name): entry for entry in summarize(record)}
+    columns = {"VTW": "vtw/{}", "untrained": "dpvr/{}/untrained", "trained": "dpvr/{}/trained"}
+    header = ["LLaVA", "layer", "FLOPs % VTW, DPVR", "KV % VTW, DPVR"]
+    header += [f"{kind}: {column}" for kind in VISION_HEAVY for column in columns]
+    rows = []
+    for model, name in found:
+        family, _, layer = name.partition("/")
+        entries = [found.get((model, column.format(layer))) for column in columns.values()]
+        if family != "vtw" or None in entries:
+            continue
+        costs = [[f"{100 * getattr(e, cost):.0f}" for e in entries[::2]] for cost in ("flops", "kv_bytes")]
+        cells = [percent(entry.accuracy[kind]) for kind in VISION_HEAVY for entry in entries]
+        rows.append([model, layer, *map(", ".join, costs), *cells])
+    return markdown(header, rows)
 
 
 def verdict(entries: list[Entry]) -> str:
-    """Where a trained DPVR of the paper's shape is off the Pareto front, behind what, and by how much (paired)."""
+    """Where another method costs a trained DPVR of the paper's shape the Pareto front, and by how much (paired)."""
     lines = []
     for model in dict.fromkeys(entry.model for entry in entries):
         rows = [entry for entry in entries if entry.model == model]
         routed = [entry for entry in rows if entry.family == "dpvr trained"]
+        others = [entry for entry in rows if not entry.name.startswith("dpvr")]
         for cost in ("flops", "kv_bytes"):
             for kind in (*task.KINDS, "all"):
-                behind = [(entry, better(entry, rows, cost, kind)) for entry in routed]
+                behind = [(entry, better(entry, others, cost, kind)) for entry in routed]
                 off = [(entry, other) for entry, other in behind if other is not None]
                 lines.append(f"{model}, {kind} by {cost}: {len(routed) - len(off)} of {len(routed)} on the front")
                 for entry, other in off:
@@ -467,6 +487,8 @@ FAMILIES = {
     "dense": ("black", "*", "none", "dense"),
     "dpvr trained": ("tab:blue", "o", "-", "DPVR, trained"),
     "dpvr untrained": ("tab:blue", "o", ":", "DPVR, untrained"),
+    "dpvr trained 2 fusion layers": ("tab:cyan", "o", "none", "DPVR, 2 fusion layers, trained"),
+    "dpvr trained 2 side layers": ("tab:purple", "o", "none", "DPVR, 2 side layers, trained"),
     "vtw": ("tab:red", "s", "-", "VTW"),
     "fastv": ("tab:orange", "^", "none", "FastV"),
     "pyramid": ("tab:green", "D", "none", "PyramidDrop"),

@@ -90,7 +90,7 @@ def test_going_on_from_the_dense_models_states_changes_nothing(name, pruned, pro
 
 
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
-    found = {"dense": (), "vtw/3": vtw(3), "dpvr/6/trained": Routing(6, trained=True)}
+    found = {"dense": (), "vtw/6": vtw(6), "dpvr/6/untrained": Routing(6, False), "dpvr/6/trained": Routing(6, True)}
     monkeypatch.setattr(quality, "methods", lambda num_layers: found)
     output = tmp_path / "quality.json"
     arguments = ["--models", "tiny-llava", "--questions", "1", "--steps", "1", "--pool", "16", "--batch-size", "2"]
@@ -100,15 +100,16 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     record = json.loads(output.read_text())
     cells = record["models"]["tiny-llava"]["cells"]
     assert {name: list(seeds) for name, seeds in cells.items()} == {name: ["0"] for name in found}
-    cells["vtw/3"]["0"]["look"] = 0.123  # kept only if it is not measured again
+    cells["vtw/6"]["0"]["look"] = 0.123  # kept only if it is not measured again
     del cells["dense"]["0"]
     output.write_text(json.dumps(record))
     assert quality.main() == 0
     again = json.loads(output.read_text())["models"]["tiny-llava"]["cells"]
-    assert again["vtw/3"]["0"]["look"] == 0.123
+    assert again["vtw/6"]["0"]["look"] == 0.123
     assert again["dense"]["0"].keys() == set(task.KINDS)
     assert (tmp_path / "quality.png").stat().st_size > 10_000
-    assert "| vtw/3 |" in capsys.readouterr().out
+    assert "| tiny-llava | vtw/6 |" in capsys.readouterr().out
+    assert len(quality.by_layer(json.loads(output.read_text())).splitlines()) == 3
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments[:4], "--steps", "2", *arguments[6:]])
     with pytest.raises(SystemExit, match="choose another --output"):
         quality.main()
@@ -131,7 +132,7 @@ def test_pareto_front_by_hand():
     assert quality.better(cheap, [*rows, twin], "kv_bytes", "all") is None  # a twin does not dominate
     text = quality.verdict(rows)
     assert "m, all by flops: 1 of 1 on the front" in text
-    assert "| vtw/1 | 50.0 | 70.0 | 50.0 ±" in quality.table(rows)
+    assert "| m | vtw/1 | 50.0 | 70.0 | 50.0 ±" in quality.table(rows)
 
 
 def test_costs_are_shares_of_the_dense_model(llava):
