@@ -52,6 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file may
 
 from benchmarks import accounting
 from benchmarks.accounting import Flops, LayerLoad
+from training.staged import pack, take
 
 # Checkpoints name LLaVA's weights as transformers 4 did; classes that are not its own are left out of the renaming
 for ours, llavas in (("PrunedLlava", "llava"), ("PrunedLlavaModel", "LlavaModel")):
@@ -155,12 +156,9 @@ class Tokens:
 
     def select(self, kept: torch.BoolTensor) -> tuple["Tokens", torch.LongTensor]:
         """Those of `kept` `(B, N)`, and where they were among these, `(B, number kept in the fullest row)`."""
-        width = max(int(kept.sum(-1).max()), 1)
-        # The sort is stable and puts False first: the last columns are the kept tokens in their order
-        where = kept.to(torch.uint8).argsort(dim=-1, stable=True)[:, kept.shape[1] - width :]
+        where, valid = pack(kept)
         rotary = tuple(take(x, where) for x in self.rotary)
-        valid, is_vision = kept.gather(1, where), (self.is_vision & kept).gather(1, where)
-        return Tokens(self.index.gather(1, where), valid, is_vision, rotary), where
+        return Tokens(self.index.gather(1, where), valid, (self.is_vision & kept).gather(1, where), rotary), where
 
 
 def choose(tokens: Tokens, scores: torch.Tensor | None, num_kept: list[int]) -> torch.BoolTensor:
@@ -179,11 +177,6 @@ def choose(tokens: Tokens, scores: torch.Tensor | None, num_kept: list[int]) -> 
     rank = order.argsort(dim=-1)
     is_high = rank < torch.tensor(num_kept, device=rank.device)[:, None]
     return tokens.valid & (~tokens.is_vision | is_high)
-
-
-def take(tensor: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
-    """Columns `index` `(B, M)` of `(B, N, D)`: `(B, M, D)`."""
-    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
 def put(tensor: torch.Tensor, tokens: Tokens, update: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def test_one_teacher_forced_pass_gives_the_accuracy_of_greedy_generation(name, p
 
 
 def test_so_it_does_for_dpvr(processor, prepared, tmp_path):
-    staged = quality.load_routed(TINY, Routing(2, trained=False), tmp_path)
+    staged = quality.load_routed(TINY, Routing(3, trained=False), tmp_path)
     generated = generated_accuracy(staged.base, processor)
     batches = [(batch, quality.routed_features(staged, batch)) for batch in prepared]
     assert quality.routed_accuracy(staged, batches) == generated
