@@ -4,10 +4,11 @@ VENV ?= .venv
 # The CPU build. Elsewhere a bare torch brings gigabytes of CUDA; the package itself takes any torch.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-lowest lint clean
 help:
 	@echo "make demo   convert the embedded LLaVA, ask it about a picture, write demo.png"
 	@echo "make test   run the tests"
+	@echo "make test-lowest   run the core tests with the lowest versions that requirements.txt allows"
 	@echo "make lint   check style"
 	@echo "make clean  remove what these made"
 
@@ -22,6 +23,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-lowest:
+	$(PYTHON) scripts/lowest_versions.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
