@@ -142,6 +142,18 @@ def test_the_file_holds_the_side_branch_and_lora_and_nothing_else(saved):
     assert sum(map(torch.numel, branch)) == sum(map(torch.numel, make_base().model.side_branch.parameters()))
 
 
+def test_a_gathered_state_dict_gives_the_same_file(tmp_path):
+    model = add_adapter(make_base(), "fusion")
+    train(model, 1)
+    save_adapter(model, tmp_path / "own", BASE)
+    save_adapter(model, tmp_path / "gathered", BASE, state_dict=model.state_dict())
+    (own, own_metadata), (gathered, metadata) = stored(tmp_path / "own"), stored(tmp_path / "gathered")
+    assert own_metadata == metadata
+    assert own.keys() == gathered.keys()
+    assert all(torch.equal(weight, gathered[key]) for key, weight in own.items())
+    assert "multi_modal_projector" in stored(tmp_path / "own")[1]["base_sample"]
+
+
 def test_the_config_names_no_machine_and_no_module_of_one(saved):
     (folder, _), _ = saved
     text = (folder / "adapter_config.json").read_text()
@@ -368,6 +380,29 @@ def test_files_that_are_no_adapter_are_refused(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(AdapterError, match="cannot be read"):
         load_adapter(make_base(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key: key.replace("layers.5", "layers.9"), r"the model has no place for .*layers\.9"),
+        (lambda key: None, r"lacks .*lora_B"),
+    ],
+)
+def test_lora_that_does_not_fit_is_refused_and_the_base_is_as_before(tmp_path, change, message):
+    from safetensors.torch import save_file
+
+    save_adapter(add_adapter(make_base(), "fusion"), tmp_path, BASE)
+    weights, metadata = stored(tmp_path)
+    changed = {change(key) if "q_proj.lora_B" in key else key: weight for key, weight in weights.items()}
+    changed.pop(None, None)
+    save_file(changed, tmp_path / "adapter_model.safetensors", metadata)
+    base = make_base()
+    before, names = logits(base), set(base.state_dict())
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(base, tmp_path)
+    assert torch.equal(logits(base), before)
+    assert set(base.state_dict()) == names
 
 
 # ---------------------------------------------------------------------------------------------- LLaVA as the base
