@@ -148,7 +148,7 @@ def test_a_changed_a_missing_and_an_added_file_are_named(release, capsys):
     assert re.search(r"^model.safetensors: is [0-9a-f]{64}, not [0-9a-f]{64}$", output, re.MULTILINE)
     assert "sub/code.py: missing\n" in output
     assert "sub/other.py: not named in SHA256SUMS\n" in output
-    assert output.endswith("1 files compared, 3 faults\n")
+    assert output.endswith("2 files compared, 3 faults\n")
 
 
 @pytest.mark.parametrize("line", ["", "abc  code.py", f"{'0' * 64}  ../code.py", f"{'0' * 64}  /code.py"])
