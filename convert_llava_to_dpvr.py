@@ -3,622 +3,48 @@
 """
 Makes a DPVR checkpoint from a LLaVA checkpoint: the same weights under transformers 5's names, and a side branch.
 
-Reads the layout of llava-hf, with the weight names of transformers 4 or 5, and the original one of
-liuhaotian/llava-v1.5-7b, whose CLIP tower may lie in a repository of its own. The original layout has no `<image>` and
-`<pad>` tokens: they are added behind the vocabulary, which is then padded to a multiple of 64, as for llava-hf. There
-the new rows were drawn at random; here each is the mean of the old rows, so that the same source always gives the same
-checkpoint.
-
-One output shard of at most 1 GB is held in memory at a time, whatever the size of the model. Pickled weights are read
-by torch's `weights_only` loader, which runs no code. The output folder appears complete or not at all.
+The output folder appears complete or not at all, and every tensor in it was read back and compared with its source by
+checksum. A conversion that was killed goes on with the last shard if it is asked for again. A few megabytes of weights
+are in memory at a time, whatever the size of the model. Pickled weights are read by torch's `weights_only` loader,
+which runs no code. For POSIX systems: two conversions to one folder are kept apart by `flock`.
 """
 
 import argparse
-import contextlib
-import json
-import os
-import pickle
-import re
+import dataclasses
 import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from jinja2 import TemplateError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers import LlavaConfig
 
 from benchmarks.accounting import cache_bytes, dense_config, layer_flops, prefill_loads
 from configuration_dpvr import AUTO_MAP, DPVRConfig
-from processing_dpvr import DPVRProcessor
+from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
+from read_weights import ConversionError, StoredTensor, Weight, read_json, reason
+from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights, side_branch_weights
+from write_checkpoint import (
+    Staging,
+    check_output,
+    link_files,
+    plan_shards,
+    staged,
+    write_index,
+    write_json,
+    write_shards,
+)
 
 HERE = Path(__file__).resolve().parent
 CODE_FILES = ("configuration_dpvr.py", "modeling_dpvr.py", "processing_dpvr.py")
+SIDE_BRANCH_FILE = "model-side-branch.safetensors"
 MODEL_CLASS = "DPVRForConditionalGeneration"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_SHARD_BYTES = 10**9
-EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-ORIGINAL_BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-NAMES = [  # the first pattern that matches a weight's name says what becomes of it; None drops it
-    (r".*rotary_emb\.inv_freq$|.*embeddings\.position_ids$", None),
-    (r"language_model\.lm_head\.", "lm_head."),
-    (r"(model\.)?language_model\.(model\.)?", "model.language_model."),
-    (r"model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
-    (r"(model\.)?(vision_tower\.){1,2}(vision_model\.)?", "model.vision_tower."),
-    (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-    (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-    (r"(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
-]
-CLIP_NAMES = [
-    (r"text_model\.|logit_scale$|visual_projection\.|text_projection\.|.*embeddings\.position_ids$", None),
-    (r"(vision_model\.)?", "model.vision_tower."),
-]
-
-
-class ConversionError(ValueError):
-    """A source or an option that cannot be converted; the message says what and why in one sentence."""
-
-
-# ---------------------------------------------------------------------------------------------- source files
-
-
-def resolve_folder(name: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder `name`, or a local copy of the Hub repository `name`: its configs and, if asked, its weights."""
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    texts = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=texts, ignore_patterns="*/*"))
-        for pattern in ("*.safetensors", "*.bin") if weights else ():
-            snapshot_download(name, revision=revision, allow_patterns=[pattern], ignore_patterns="*/*")
-            if any(folder.glob(pattern)):
-                break
-    except (HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConversionError(
-            f"{name!r} is neither a folder nor a Hub repository that can be read: {reason}"
-        ) from error
-    return folder
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path.parent} has no {path.name}.") from error
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}, not a JSON object.")
-    return content
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: those its index names, else a single file; safetensors before .bin."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-            for file in files:
-                if not (folder / file).is_file() or Path(file).name != file:
-                    raise ConversionError(f"{index} names {file!r}, which is not a file of that folder.")
-            return [folder / file for file in files]
-        if (folder / name).is_file():
-            return [folder / name]
-    raise ConversionError(
-        f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index of either."
-    )
-
-
-@lru_cache(maxsize=1)
-def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .bin file, mapped into memory. The last file stays open, until `cache_clear`."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ConversionError(f"{path} holds pickled objects other than tensors; they are never executed.") from error
-    except RuntimeError as error:
-        raise ConversionError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ConversionError(f"{path} does not hold a dictionary of tensors.")
-    return tensors
-
-
-@contextlib.contextmanager
-def open_safetensors(path: Path) -> Iterator:
-    """The file open for reading one tensor after the other, each into memory of its own."""
-    try:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            yield file
-    except SafetensorError as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of one file, without reading them."""
-    if path.suffix == ".bin":
-        return {key: tuple(tensor.shape) for key, tensor in _load_pickled(path).items()}
-    with open_safetensors(path) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor of the source lies: file, key in it, and shape."""
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-
-    def load(self) -> torch.Tensor:
-        """A copy, which nothing else refers to."""
-        if self.path.suffix == ".bin":
-            return _load_pickled(self.path)[self.key].clone(memory_format=torch.contiguous_format)
-        with open_safetensors(self.path) as file:
-            return file.get_tensor(self.key)
-
-
-def rename(key: str, names: list[tuple[str, str | None]]) -> str | None:
-    """The name of weight `key` in transformers 5, or None if no model has it any more."""
-    for pattern, replacement in names:
-        if match := re.match(pattern, key):
-            return None if replacement is None else replacement + key[match.end() :]
-    return key
-
-
-def index_tensors(files: list[Path], names: list[tuple[str, str | None]]) -> dict[str, StoredTensor]:
-    """All tensors of `files` by their new names.
-
-    Raises:
-        ConversionError: if two tensors come to the same name.
-    """
-    found: dict[str, StoredTensor] = {}
-    for path in files:
-        for key, shape in read_shapes(path).items():
-            name = rename(key, names)
-            if name is None:
-                continue
-            if name in found:
-                first = found[name]
-                raise ConversionError(f"Duplicate weight {name}: {first.key} in {first.path} and {key} in {path}.")
-            found[name] = StoredTensor(path, key, shape)
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- the two layouts
-
-
-@dataclass
-class Checkpoint:
-    """A LLaVA checkpoint, read as far as its shapes.
-
-    Attributes:
-        name: Hub id or folder, as given.
-        folder: where its files lie.
-        config: its config in the terms of transformers 5, the vocabulary grown if it has to be.
-        fields: config.json as stored.
-        tensors: by their names in transformers 5.
-        processor: image processor, tokenizer and chat template.
-        old_vocab_size: rows of the embeddings in the source.
-    """
-
-    name: str
-    folder: Path
-    config: LlavaConfig
-    fields: dict
-    tensors: dict[str, StoredTensor]
-    processor: DPVRProcessor
-    old_vocab_size: int
-
-
-def _make_config(build: Callable, path: Path, **fields):
-    try:
-        return build(**fields)
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"{path} is not a config that transformers can read: {error}") from error
-
-
-def _from_pretrained(auto_class, name: str | Path, what: str, **options):
-    try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
-    except (ImportError, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConversionError(f"{what} cannot be loaded from {name}: {reason}") from error
-
-
-def is_bare_template(processor) -> bool:
-    """Whether a processor's chat template is the one that llava-hf published with LLaVA-1.5: the right turns, but
-    without the system sentence that the model was trained with. Templates of other models are their own."""
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    try:
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    except (ValueError, TypeError, TemplateError):
-        return processor.chat_template is None
-    return prompt == "USER: <image>\n? ASSISTANT:"
-
-
-def read_llava_hf(name: str, folder: Path, fields: dict, tokenizer: str | None) -> Checkpoint:
-    """A checkpoint in the layout of llava-hf, with the weight names of transformers 4 or 5."""
-    config = _make_config(
-        LlavaConfig, folder / "config.json", **{k: v for k, v in fields.items() if k != "model_type"}
-    )
-    processor = _from_pretrained(AutoProcessor, folder, "The processor")
-    if tokenizer:
-        processor.tokenizer = _from_pretrained(AutoTokenizer, tokenizer, "The tokenizer")
-    do_pad = processor.image_processor.to_dict().get("do_pad")  # CLIP's does not say; LLaVA pads
-    template = None if is_bare_template(processor) else processor.chat_template
-    processor = build_processor(config, processor.image_processor, processor.tokenizer, do_pad is not False, template)
-    if processor.image_token_id != config.image_token_id:
-        raise ConversionError(
-            f"The tokenizer has <image> at {processor.image_token_id}, but {folder / 'config.json'} has it at "
-            f"{config.image_token_id}."
-        )
-    tensors = index_tensors(weight_files(folder), NAMES)
-    return Checkpoint(name, folder, config, fields, tensors, processor, config.text_config.vocab_size)
-
-
-def check_original(fields: dict, path: Path) -> None:
-    """Refuses what LLaVA 1.5 does not have and `LlavaConfig` cannot say."""
-    only = {
-        "mm_projector_type": ("mlp2x_gelu",),
-        "mm_patch_merge_type": (None, "flat"),
-        "mm_use_im_start_end": (None, False),
-        "image_aspect_ratio": (None, "pad", "square"),
-        "mm_vision_select_feature": (None, "patch", "cls_patch"),
-    }
-    for key, values in only.items():
-        if fields.get(key) not in values:
-            raise ConversionError(f"{path}: {key} is {fields.get(key)!r}; only {values[-1]!r} is supported.")
-
-
-def read_original(
-    name: str, folder: Path, fields: dict, tokenizer: str | None, vision_tower: str | None
-) -> Checkpoint:
-    """A checkpoint in the layout of liuhaotian/llava-v1.5-7b, with its CLIP tower inside or apart."""
-    path = folder / "config.json"
-    check_original(fields, path)
-    tensors, tower = read_original_tensors(folder, vision_tower, fields["mm_vision_tower"])
-    text_config = original_text_config(fields, path)
-    old_vocab_size = text_config.vocab_size
-    tokens = _from_pretrained(AutoTokenizer, tokenizer or folder, "The tokenizer", config=text_config)
-    add_special_tokens(tokens, text_config)
-    tokens.model_max_length = fields.get("tokenizer_model_max_length", tokens.model_max_length)
-    vision_config = _from_pretrained(AutoConfig, tower, "The config of the vision tower")
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    config = _make_config(
-        LlavaConfig,
-        path,
-        text_config=text_config,
-        vision_config=vision_config,
-        image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        pad_token_id=tokens.pad_token_id,
-        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
-        vision_feature_layer=fields.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="full" if fields.get("mm_vision_select_feature") == "cls_patch" else "default",
-        tie_word_embeddings=text_config.tie_word_embeddings,
-    )
-    images = _from_pretrained(AutoImageProcessor, tower, "The image processor")
-    processor = build_processor(config, images, tokens, do_pad=fields.get("image_aspect_ratio") == "pad")
-    return Checkpoint(name, folder, config, fields, tensors, processor, old_vocab_size)
-
-
-def read_original_tensors(folder: Path, given: str | None, stated: str) -> tuple[dict[str, StoredTensor], Path]:
-    """Tensors of an original checkpoint, and the folder of its CLIP tower, whose weights are taken from there unless
-    the checkpoint holds them and no tower is given."""
-    tensors = index_tensors(weight_files(folder), NAMES)
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.vision_tower.")}
-    if given is None and len(rest) < len(tensors):
-        return tensors, resolve_folder(stated, weights=False)
-    tower = resolve_folder(given or stated)
-    return rest | index_tensors(weight_files(tower), CLIP_NAMES), tower
-
-
-def original_text_config(fields: dict, path: Path):
-    """The backbone's part of an original config.json, which mixes it with LLaVA's."""
-    config_class = CONFIG_MAPPING[ORIGINAL_BACKBONES[fields["model_type"]]]
-    known = {*config_class().to_dict(), "rope_theta", "rope_scaling"}
-    known -= {"model_type", "architectures", "dtype", "transformers_version"}
-    return _make_config(config_class, path, **{key: value for key, value in fields.items() if key in known})
-
-
-def add_special_tokens(tokenizer, text_config) -> None:
-    """Adds `<image>` and `<pad>` where they lack, and grows `text_config.vocab_size` to hold them, padded to 64."""
-    if "<image>" not in tokenizer.get_vocab():
-        tokenizer.add_tokens(["<image>"], special_tokens=True)
-    if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.unk_token, tokenizer.eos_token):
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if len(tokenizer) > text_config.vocab_size:
-        text_config.vocab_size = -(-len(tokenizer) // 64) * 64
-    text_config.pad_token_id = tokenizer.pad_token_id
-
-
-def build_processor(
-    config: LlavaConfig, image_processor, tokenizer, do_pad: bool, chat_template: str | None = None
-) -> DPVRProcessor:
-    """The processor that travels with the checkpoint; without a chat template it takes LLaVA-1.5's. A tokenizer that
-    states no longest prompt gets the backbone's."""
-    longest = config.text_config.max_position_embeddings
-    try:
-        return DPVRProcessor.from_llava(
-            tokenizer,
-            image_processor,
-            patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
-            do_pad=do_pad,
-            model_max_length=min(tokenizer.model_max_length, longest),
-            chat_template=chat_template,
-        )
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-
-
-def read_checkpoint(
-    source: str, revision: str | None = None, tokenizer: str | None = None, vision_tower: str | None = None
-) -> Checkpoint:
-    """Reads configs, tokenizer and the names and shapes of all weights of a LLaVA checkpoint, in either layout."""
-    folder = resolve_folder(source, revision)
-    fields = read_json(folder / "config.json")
-    model_type = fields.get("model_type")
-    if fields.get("quantization_config"):
-        raise ConversionError(f"{source} is quantized; convert the checkpoint that it was quantized from.")
-    if "mm_vision_tower" in fields and model_type in ORIGINAL_BACKBONES:
-        return read_original(source, folder, fields, tokenizer, vision_tower)
-    if model_type == "dpvr":
-        raise ConversionError(f"{source} is a DPVR checkpoint already.")
-    if model_type != "llava":
-        raise ConversionError(
-            f"{source} is not a LLaVA-1.5 checkpoint: its config.json says model_type {model_type!r}."
-        )
-    if vision_tower is not None:
-        raise ConversionError(f"--vision-tower is for the original layout; {source} brings its own vision tower.")
-    return read_llava_hf(source, folder, fields, tokenizer)
-
-
-# ---------------------------------------------------------------------------------------------- weights
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of the output: its name and shape, and what makes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-
-def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of LLaVA's weights in transformers; a tied head is no weight of its own."""
-    with torch.device("meta"):
-        state = LlavaForConditionalGeneration(config).state_dict()
-    if config.tie_word_embeddings:
-        del state[HEAD]
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _grow(stored: StoredTensor, num_rows: int) -> torch.Tensor:
-    old = stored.load()
-    mean = old.mean(0, keepdim=True, dtype=torch.float32).to(old.dtype)
-    return torch.cat([old, mean.expand(num_rows - len(old), -1)])
-
-
-def check_tied_head(checkpoint: Checkpoint) -> None:
-    head, embeddings = checkpoint.tensors.pop(HEAD, None), checkpoint.tensors.get(EMBEDDINGS)
-    if head and embeddings and not torch.equal(head.load(), embeddings.load()):
-        raise ConversionError(
-            f"The config ties {HEAD} to the embeddings, but {head.key} in {head.path} differs from them."
-        )
-
-
-def base_weights(checkpoint: Checkpoint) -> list[Weight]:
-    """LLaVA's own weights.
-
-    Raises:
-        ConversionError: naming key, file and shapes, if one is missing, not LLaVA's, or of another shape.
-    """
-    if checkpoint.config.tie_word_embeddings:
-        check_tied_head(checkpoint)
-    expected, stored = expected_shapes(checkpoint.config), checkpoint.tensors
-    if any(name.startswith("model.vision_tower.vision_model.") for name in expected):  # towers other than CLIP's
-        add = {n: n.replace("vision_tower.", "vision_tower.vision_model.", 1) for n in stored if n not in expected}
-        stored = {add[n] if add.get(n) in expected else n: tensor for n, tensor in stored.items()}
-    weights = []
-    for name, shape in expected.items():
-        if name not in stored:
-            raise ConversionError(
-                f"Missing weight {name} of shape {shape}: no weight file of {checkpoint.name} has it."
-            )
-        tensor, make = stored[name], stored[name].load
-        source_shape = shape
-        if name in (EMBEDDINGS, HEAD) and shape[0] != checkpoint.old_vocab_size:
-            source_shape, make = (checkpoint.old_vocab_size, *shape[1:]), partial(_grow, tensor, shape[0])
-        if tensor.shape != source_shape:
-            raise ConversionError(
-                f"{tensor.key} in {tensor.path} has shape {tensor.shape}, but by the config it has {source_shape}."
-            )
-        weights.append(Weight(name, shape, make))
-    for name in stored.keys() - expected.keys():
-        raise ConversionError(
-            f"{stored[name].key} in {stored[name].path}, of shape {stored[name].shape}, is no weight of this LLaVA."
-        )
-    return weights
-
-
-def _normal(shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
-    return torch.empty(shape).normal_(0, std, generator=torch.Generator().manual_seed(seed))
-
-
-def side_branch_weights(base: list[Weight], config: DPVRConfig, init: str, seed: int) -> list[Weight]:
-    """An untrained side branch: the identity, a copy of the layers that vision tokens skip, or random."""
-    base_layers = {weight.name: weight for weight in base}
-    prefix = "model.language_model.layers.{}."
-    parts = [n.removeprefix(prefix.format(0)) for n in base_layers if n.startswith(prefix.format(0))]
-    std, weights = config.text_config.initializer_range, []
-    for i in range(config.num_side_layers):
-        source = config.saturation_layer + (i if init == "copy" else 0)
-        if source >= config.text_config.num_hidden_layers:
-            raise ConversionError(
-                f"--side-branch-init copy: side layer {i} would be a copy of layer {source}, but the decoder has "
-                f"{config.text_config.num_hidden_layers} layers."
-            )
-        for part in parts:
-            origin = base_layers[prefix.format(source) + part]
-            make = origin.make
-            if init == "identity" and part.startswith(("self_attn.o_proj.", "mlp.down_proj.")):
-                make = partial(torch.zeros, origin.shape)  # both residual sums then add nothing
-            elif init == "random" and part.endswith("norm.weight"):
-                make = partial(torch.ones, origin.shape)
-            elif init == "random" and part.endswith(".bias"):
-                make = partial(torch.zeros, origin.shape)
-            elif init == "random":
-                make = partial(_normal, origin.shape, std, seed + len(weights))
-            weights.append(Weight(f"model.side_branch.layers.{i}.{part}", origin.shape, make))
-    return weights
-
-
-def adapter_file(adapter: str) -> Path:
-    path = Path(adapter)
-    if path.is_dir():
-        for name in ("adapter_model.safetensors", "side_branch.safetensors"):
-            if (path / name).is_file():
-                return path / name
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise ConversionError(
-            f"{adapter} is neither a .safetensors file nor a folder with adapter_model.safetensors or "
-            "side_branch.safetensors."
-        )
-    return path
-
-
-def adapter_saturation_layer(path: Path) -> int | None:
-    """The saturation layer that an adapter was trained at, if its metadata or adapter_config.json states it."""
-    with open_safetensors(path) as file:
-        stated = (file.metadata() or {}).get("saturation_layer")
-    if stated is None and (path.parent / "adapter_config.json").is_file():
-        stated = read_json(path.parent / "adapter_config.json").get("saturation_layer")
-    if stated is not None and not str(stated).isdecimal():
-        raise ConversionError(f"{path} states a saturation layer {stated!r}, which is no number.")
-    return None if stated is None else int(stated)
-
-
-def adapter_weights(path: Path, untrained: list[Weight]) -> list[Weight]:
-    """The trained side branch of `path`, checked against the names and shapes of `untrained`."""
-    expected = {weight.name: weight.shape for weight in untrained}
-    stored: dict[str, StoredTensor] = {}
-    for key, shape in read_shapes(path).items():
-        match = re.search(r"(?:^|\.)side_branch\.layers\.\d+\..+$", key)
-        name = "model." + match[0].lstrip(".") if match else key
-        if name not in expected:
-            layers = len({weight.name.split(".")[3] for weight in untrained})
-            raise ConversionError(
-                f"{key} in {path}, of shape {shape}, is no weight of a side branch of {layers} layer(s)."
-            )
-        if shape != expected[name]:
-            raise ConversionError(f"{key} in {path} has shape {shape}, but by the config it has {expected[name]}.")
-        stored[name] = StoredTensor(path, key, shape)
-    for name in expected.keys() - stored.keys():
-        raise ConversionError(f"Missing weight {name} of shape {expected[name]}: {path} does not have it.")
-    return [Weight(name, shape, stored[name].load) for name, shape in expected.items()]
-
-
-def cast(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    tensor = weight.make()
-    result = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and tensor.isfinite().all() and not result.isfinite().all():
-        raise ConversionError(
-            f"{weight.name} holds numbers beyond the range of float16; convert with --dtype bfloat16."
-        )
-    return result
-
-
-def plan_shards(base: list[Weight], branch: list[Weight], itemsize: int) -> dict[str, list[Weight]]:
-    """Output files by name, of at most `MAX_SHARD_BYTES` or one tensor; the side branch has the last to itself."""
-    shards: list[list[Weight]] = [[]]
-    for weight in base:
-        if shards[-1] and sum(each.numel for each in [*shards[-1], weight]) * itemsize > MAX_SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(weight)
-    shards.append(branch)
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def write_weights(folder: Path, shards: dict[str, list[Weight]], dtype: torch.dtype, progress: bool) -> None:
-    weights = [weight for shard in shards.values() for weight in shard]
-    num_parameters = sum(weight.numel for weight in weights)
-    total = num_parameters * dtype.itemsize
-    if (free := shutil.disk_usage(folder).free) < total:
-        raise ConversionError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, but the weights need {total / 1e9:.1f} GB."
-        )
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights", disable=None if progress else True)
-    with bar:
-        for file, shard in shards.items():
-            tensors = {}
-            for weight in shard:
-                tensors[weight.name] = cast(weight, dtype)
-                bar.update(weight.numel * dtype.itemsize)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            tensors.clear()
-            _load_pickled.cache_clear()  # the pages that were read stay in memory as long as the file is mapped
-    index = {
-        "metadata": {"total_parameters": num_parameters, "total_size": total},
-        "weight_map": {weight.name: file for file, shard in shards.items() for weight in shard},
-    }
-    _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- output folder
-
-
-def check_output(output: Path, source: Path) -> None:
-    """Refuses to write over anything, or into the source."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} exists and is not an empty folder; nothing is overwritten.")
-    if source in (output.resolve(), *output.resolve().parents):
-        raise ConversionError(f"The output {output} lies in the source {source}.")
-
-
-@contextlib.contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` at the end, and is removed if anything fails."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    try:
-        yield folder
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in (folder, *folder.iterdir()):  # temporary folders and safetensors files are made for the owner only
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        if output.exists():
-            output.rmdir()
-        os.replace(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_dpvr_config(config: LlavaConfig, routing: dict[str, int], dtype: str) -> DPVRConfig:
@@ -628,7 +54,10 @@ def make_dpvr_config(config: LlavaConfig, routing: dict[str, int], dtype: str) -
             part.pop(name, None)
     fields |= {"dtype": dtype, "architectures": [MODEL_CLASS], "auto_map": AUTO_MAP, **routing}
     del fields["model_type"]
-    return DPVRConfig(**fields)
+    try:
+        return DPVRConfig(**fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConversionError(reason(error)) from error
 
 
 def write_generation_config(folder: Path, checkpoint: Checkpoint) -> None:
@@ -638,24 +67,128 @@ def write_generation_config(folder: Path, checkpoint: Checkpoint) -> None:
     fields.setdefault("eos_token_id", text.eos_token_id)
     if "mm_vision_tower" in checkpoint.fields or fields.get("pad_token_id") is None:
         fields["pad_token_id"] = checkpoint.processor.tokenizer.pad_token_id
-    _write_json(folder / "generation_config.json", fields)
+    write_json(folder / "generation_config.json", fields)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of the weights.
+
+    Attributes:
+        shards: files to write, the side branch's last.
+        linked: files of the source to link to, by their names in the output.
+        tensors: of the linked files, with their keys there.
+        dtype: of all that is written.
+    """
+
+    shards: dict[str, list[Weight]]
+    linked: dict[str, Path]
+    tensors: list[StoredTensor]
+    dtype: torch.dtype
+
+    def sources(self) -> dict[str, list[int]]:
+        """Size and time of last change, in nanoseconds, of every file that is read."""
+        stored = [weight.source for shard in self.shards.values() for weight in shard]
+        paths = {source.path for source in stored if isinstance(source, StoredTensor)} | set(self.linked.values())
+        stats = {str(path): path.stat() for path in sorted(paths)}
+        return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+
+    def request(self) -> dict:
+        """All that decides about the bytes of the weights, as JSON."""
+        return {
+            "sources": self.sources(),
+            "linked": {name: str(path) for name, path in self.linked.items()},
+            "dtype": str(self.dtype),
+            "shards": {
+                name: [[weight.name, list(weight.shape), weight.origin] for weight in shard]
+                for name, shard in self.shards.items()
+            },
+        }
+
+
+def plan_links(checkpoint: Checkpoint, base: list[Weight], branch: list[Weight], dtype: torch.dtype) -> Plan:
+    """The files of the source as they are, and one more for the side branch.
+
+    Raises:
+        ConversionError: if transformers would not load from those files what a full conversion writes.
+    """
+    if "mm_vision_tower" in checkpoint.fields:
+        raise ConversionError(
+            f"--link: {checkpoint.name} has the original layout, whose names and vocabulary transformers cannot load; "
+            "convert without --link."
+        )
+    for tensor in (weight.source for weight in base):
+        if tensor.path.suffix == ".bin":
+            raise ConversionError(f"--link: {tensor.path} is no safetensors file; convert without --link.")
+        if tensor.dtype != dtype:
+            raise ConversionError(
+                f"--link: {tensor.key} in {tensor.path} is stored as {tensor.stated_dtype}, but {dtype} is asked for; "
+                "a link cannot be cast."
+            )
+    check_names(checkpoint, base)
+    # transformers looks for model.safetensors before an index
+    names = {weight.source.path: weight.source.path.name for weight in base}
+    names = {path: "model-base.safetensors" if name == "model.safetensors" else name for path, name in names.items()}
+    if SIDE_BRANCH_FILE in names.values():
+        raise ConversionError(f"--link: {checkpoint.folder} has a {SIDE_BRANCH_FILE} already.")
+    linked = {name: path for path, name in names.items()}
+    return Plan({SIDE_BRANCH_FILE: branch}, linked, [weight.source for weight in base], dtype)
+
+
+def write_weights(staging: Staging, plan: Plan, progress: bool) -> tuple[dict[str, str], list[tuple[str, str, int]]]:
+    """Weights and their index. Returns which files were copied where links were asked for, and why, and how many
+    numbers are not finite, by file and key of the source."""
+    before = plan.sources()
+    copied = link_files(staging, plan.linked)
+    write_shards(staging, plan.shards, plan.dtype, progress)
+    for path, identity in plan.sources().items():
+        if identity != before[path]:
+            raise ConversionError(
+                f"{path} was changed while it was read: it had {before[path][0]} bytes, now it has {identity[0]}, or "
+                "was written again."
+            )
+    files = {path: name for name, path in plan.linked.items()}
+    entries = [
+        (tensor.key, files[tensor.path], torch.Size(tensor.shape).numel(), tensor.dtype.itemsize)
+        for tensor in plan.tensors
+    ]
+    nonfinite = []
+    for name, shard in plan.shards.items():
+        entries += [(weight.name, name, weight.numel, plan.dtype.itemsize) for weight in shard]
+        for weight in shard:
+            count = staging.finished[name]["nonfinite"].get(weight.name)
+            if count and isinstance(weight.source, StoredTensor):
+                nonfinite.append((str(weight.source.path), weight.source.key, count))
+            elif count:
+                nonfinite.append((name, weight.name, count))
+    write_index(staging.folder, entries)
+    return copied, nonfinite
 
 
 def write_folder(
-    folder: Path,
+    staging: Staging,
     checkpoint: Checkpoint,
     config: DPVRConfig,
-    shards: dict[str, list[Weight]],
+    plan: Plan,
     summary: "ConversionSummary",
     progress: bool,
-) -> None:
-    write_weights(folder, shards, DTYPES[summary.dtype], progress)
-    checkpoint.processor.save_pretrained(folder)
+) -> "ConversionSummary":
+    """Everything that the output holds. Returns the summary with what is known only then."""
+    folder = staging.folder
+    copied, nonfinite = write_weights(staging, plan, progress)
+    summary = dataclasses.replace(summary, copied=copied, nonfinite=tuple(nonfinite))
+    try:
+        checkpoint.processor.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers has no type of its own for a full disk
+        raise ConversionError(f"The processor cannot be written: {reason(error)}.") from error
     config.to_json_file(folder / "config.json")
     write_generation_config(folder, checkpoint)
     for name in CODE_FILES:
         shutil.copyfile(HERE / name, folder / name)
     (folder / "README.md").write_text(model_card(checkpoint, summary), encoding="utf-8")
+    return summary
 
 
 # ---------------------------------------------------------------------------------------------- summary and card
@@ -675,6 +208,10 @@ class ConversionSummary:
         vision_tokens, text_tokens: the prompt of the two ratios.
         flops_ratio: decoder FLOPs of reading that prompt, to the source's.
         cache_ratio, cache_mib: KV cache after that prompt, to the source's and in MiB.
+        linked: files of the source that the output links to, by their names in the output.
+        copied: those of them that the file system could only copy, and why.
+        nonfinite: file, key and number of NaNs and infinities, for every weight that has any; not known of linked
+            files, which are not read.
     """
 
     source: str
@@ -691,6 +228,9 @@ class ConversionSummary:
     flops_ratio: float
     cache_ratio: float
     cache_mib: float
+    linked: dict[str, Path] = dataclasses.field(default_factory=dict)
+    copied: dict[str, str] = dataclasses.field(default_factory=dict)
+    nonfinite: tuple[tuple[str, str, int], ...] = ()
 
     def __str__(self) -> str:
         share = self.num_trainable / self.num_parameters
@@ -704,6 +244,13 @@ class ConversionSummary:
             ("decoder FLOPs", f"{self.flops_ratio:.1%} of the source's, prefill of {prompt}"),
             ("KV cache", f"{self.cache_ratio:.1%} of the source's, {self.cache_mib:,.1f} MiB after {prompt}"),
             ("written", where),
+        ]
+        if links := len(self.linked) - len(self.copied):
+            rows.append(("linked", f"{links} of the source's weight files, unread; what changes one changes both"))
+        rows += [("copied", f"{name}, for it cannot be linked: {why}") for name, why in self.copied.items()]
+        rows += [
+            ("warning", f"{count:,} of the numbers of {key} in {file} are NaN or infinite")
+            for file, key, count in self.nonfinite
         ]
         lines = [f"{name:15}{value}" for name, value in rows]
         if self.output is not None:
@@ -723,9 +270,15 @@ def _layer_range(first: int, end: int) -> str:
 
 
 def summarize(
-    checkpoint: Checkpoint, config: DPVRConfig, shards: dict, output: Path | None, dtype: str, init: str, reason: str
+    checkpoint: Checkpoint,
+    config: DPVRConfig,
+    base: list[Weight],
+    branch: list[Weight],
+    dtype: str,
+    init: str,
+    why: str,
 ) -> ConversionSummary:
-    *base, branch = shards.values()
+    """The summary of a dry run."""
     num_trainable = sum(weight.numel for weight in branch)
     saturation, fusion = config.saturation_layer, config.first_fusion_layer
     prompt = (config.image_seq_length, 64)
@@ -734,9 +287,9 @@ def summarize(
     caches = [sum(cache_bytes(each, *prompt, itemsize=DTYPES[dtype].itemsize).values()) for each in both]
     return ConversionSummary(
         source=checkpoint.name,
-        output=output,
+        output=None,
         saturation_layer=saturation,
-        saturation_reason=reason,
+        saturation_reason=why,
         roles={
             "joint": _layer_range(0, saturation),
             "side branch": f"{config.num_side_layers} layer{'s' if config.num_side_layers > 1 else ''}, {init}",
@@ -744,7 +297,7 @@ def summarize(
             "fusion": _layer_range(fusion, config.text_config.num_hidden_layers),
         },
         dtype=dtype,
-        num_parameters=sum(weight.numel for shard in base for weight in shard) + num_trainable,
+        num_parameters=sum(weight.numel for weight in base) + num_trainable,
         num_trainable=num_trainable,
         side_branch=init,
         vision_tokens=prompt[0],
@@ -871,7 +424,7 @@ def choose_dtype(asked: str, checkpoint: Checkpoint) -> str:
         text = fields.get("text_config") or {}
         stated = [part.get(key) for part in (fields, text) for key in ("dtype", "torch_dtype")]
         embeddings = checkpoint.tensors.get(EMBEDDINGS)
-        stored = str(embeddings.load().dtype).removeprefix("torch.") if embeddings and not any(stated) else None
+        stored = str(embeddings.dtype).removeprefix("torch.") if embeddings else None
         name = next((each for each in [*stated, stored] if each), None)
     if name not in DTYPES:
         raise ConversionError(
@@ -895,6 +448,7 @@ def convert(
     dtype: str = "auto",
     revision: str | None = None,
     seed: int = 0,
+    link: bool = False,
     dry_run: bool = False,
     progress: bool = False,
 ) -> ConversionSummary:
@@ -916,38 +470,42 @@ def convert(
         dtype: `"auto"` (the source's), `"bfloat16"`, `"float16"` or `"float32"`.
         revision: Branch, tag or commit of a source on the Hub.
         seed: For `side_branch_init="random"`.
-        dry_run: Check everything and write nothing.
+        link: Make hard links to the source's weight files, and write only the side branch.
+        dry_run: Check everything but the numbers of the weights, and write nothing.
         progress: Show a progress bar on a terminal.
 
     Raises:
-        ConversionError: a ValueError, if source or options cannot be converted. Nothing is left behind.
+        ConversionError: a ValueError, if source or options cannot be converted, or the disk refuses. Nothing is left
+            behind. An interrupt leaves a folder beside `output` for the next call to go on with.
     """
     output = Path(output)
     checkpoint = read_checkpoint(str(source), revision, tokenizer, vision_tower)
     check_output(output, checkpoint.folder)
     trained = adapter_file(str(adapter)) if adapter else None
     num_layers = checkpoint.config.text_config.num_hidden_layers
-    layer, reason = choose_saturation_layer(saturation_layer, num_layers, num_fusion_layers, trained, analysis)
+    layer, why = choose_saturation_layer(saturation_layer, num_layers, num_fusion_layers, trained, analysis)
     routing = {
         "saturation_layer": layer,
         "num_side_layers": num_side_layers,
         "num_fusion_layers": num_fusion_layers,
     }
     dtype = choose_dtype(dtype, checkpoint)
-    try:
-        config = make_dpvr_config(checkpoint.config, routing, dtype)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
+    config = make_dpvr_config(checkpoint.config, routing, dtype)
     base = base_weights(checkpoint)
     branch = side_branch_weights(base, config, side_branch_init, seed)
     if trained:
         branch, side_branch_init = adapter_weights(trained, branch), "trained"
-    shards = plan_shards(base, branch, DTYPES[dtype].itemsize)
-    written = None if dry_run else output
-    summary = summarize(checkpoint, config, shards, written, dtype, side_branch_init, reason)
-    if not dry_run:
-        with staged(output) as folder:
-            write_folder(folder, checkpoint, config, shards, summary, progress)
+    if link:
+        plan = plan_links(checkpoint, base, branch, DTYPES[dtype])
+    else:
+        plan = Plan(plan_shards(base, branch, DTYPES[dtype].itemsize), {}, [], DTYPES[dtype])
+    summary = summarize(checkpoint, config, base, branch, dtype, side_branch_init, why)
+    if dry_run:
+        return summary
+    summary = dataclasses.replace(summary, output=output, linked=plan.linked)
+    with staged(output, plan.request()) as staging:
+        if not staging.is_done:
+            summary = write_folder(staging, checkpoint, config, plan, summary, progress)
     return summary
 
 
@@ -966,7 +524,11 @@ examples:
   python convert_llava_to_dpvr.py liuhaotian/llava-v1.5-7b dpvr-7b           from the original layout
   python convert_llava_to_dpvr.py ./llava dpvr --adapter ./side-branch       with a trained side branch
   python convert_llava_to_dpvr.py ./llava dpvr --saturation-layer auto --analysis saturation
+  python convert_llava_to_dpvr.py ./llava dpvr --link                        0.4 GB for 7B, hard links for the rest
   python convert_llava_to_dpvr.py ./llava dpvr --dry-run                     only check and count
+
+exit codes: 0 converted, 1 refused with a sentence and nothing left behind, 2 wrong usage, 130 interrupted; after an
+interrupt or a kill the same command goes on with the shard it was at
 """
 
 
@@ -998,6 +560,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: the source's")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
     parser.add_argument("--seed", type=int, default=0, help="for --side-branch-init random")
+    parser.add_argument(
+        "--link", action="store_true", help="make hard links to the source's weight files, write only the side branch"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result")
     parser.add_argument("--private", action="store_true", help="make a private repository")
@@ -1026,7 +591,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command goes on where this one was", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -28,10 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModel,
@@ -51,54 +52,92 @@ logger = logging.get_logger(__name__)
 for ours, llavas in (("dpvr", "llava"), ("DPVRModel", "LlavaModel")):
     register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(llavas), overwrite=True)
 
+# Transformers 5.24 renamed `past_key_values` to `cache`, as an argument and in outputs
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+IMAGES = "image_outputs" if "image_outputs" in LlavaModelOutputWithPast.__dataclass_fields__ else "image_hidden_states"
+# Backbones whose keys are what `k_proj` and the rotation make of a hidden state, nothing else
+PLAIN_KEYS = ("llama", "mistral", "qwen2")
+
 
 @dataclass
 class Stream:
     """The tokens of one kind, vision or text, of each row, packed to the right.
 
     Attributes:
-        index (`torch.LongTensor` of shape `(B, N)`): columns of the call; within a row all different.
+        index (`torch.LongTensor` of shape `(B, N)` or None): columns of the call, within a row all different; None if
+            the stream is the whole call as it is, which costs no copy.
         valid (`torch.BoolTensor` of shape `(B, N)`): False where a row has fewer than N tokens of this kind.
+        is_ragged: False if `valid` is known to be True everywhere.
     """
 
-    index: torch.LongTensor
+    index: torch.LongTensor | None
     valid: torch.BoolTensor
+    is_ragged: bool
+
+    @property
+    def columns(self) -> torch.LongTensor:
+        """Columns of the call, `(B, N)`."""
+        if self.index is not None:
+            return self.index
+        return torch.arange(self.valid.shape[1], device=self.valid.device).expand_as(self.valid)
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Columns of this stream: `(B or 1, T, D)` to `(B, N, D)`."""
+        if self.index is None:
+            return tensor
         index = self.index.to(tensor.device)
         return tensor.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
 
     def put(self, tensor: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         """A copy of `tensor` `(B, T, D)` with `update` `(B, N, D)` in the columns of this stream."""
-        update = torch.where(self.valid[..., None].to(tensor.device), update.to(tensor.device), self.take(tensor))
+        update = update.to(tensor.device)
+        if self.index is None:
+            return update
+        if self.is_ragged:
+            update = torch.where(self.valid[..., None].to(tensor.device), update, self.take(tensor))
         return tensor.scatter(1, self.index.to(tensor.device)[..., None].expand_as(update), update)
 
 
-def pack_stream(belongs: torch.BoolTensor, width: int) -> Stream:
-    """The stream of the tokens where `belongs` `(B, T)` is True; `width` is the largest count of a row.
+def pack_stream(belongs: torch.BoolTensor, counts: list[int], min_width: int = 0) -> Stream | None:
+    """The stream of the tokens where `belongs` `(B, T)` is True, None if there are none.
 
-    The sort is stable and puts False first, so the last `width` columns are each row's tokens in their order.
+    The sort is stable and puts False first, so the last columns are each row's tokens in their order.
+
+    Args:
+        counts: tokens of each row.
+        min_width: least width of the stream; what no row fills is padding.
     """
+    width = max(*counts, min_width)
+    if width == 0:
+        return None
     index = belongs.to(torch.uint8).argsort(dim=-1, stable=True)[:, belongs.shape[1] - width :]
-    return Stream(index, belongs.gather(1, index))
+    return Stream(index, belongs.gather(1, index), is_ragged=min(counts) < width)
 
 
+@torch.compiler.disable
 def split_streams(
-    is_vision: torch.BoolTensor, is_token: torch.BoolTensor, min_vision: int = 0
+    is_vision: torch.BoolTensor, is_token: torch.BoolTensor, num_features: int | None = None, min_vision: int = 0
 ) -> tuple[Stream | None, Stream | None]:
     """Text and vision streams of a call, None where no row has such a token. Padding belongs to neither.
 
     Args:
         is_vision: `(B, T)`, True at vision tokens.
         is_token: `(B, T)`, False at padding.
+        num_features: image features that come with the call, if any do.
         min_vision: least width of the vision stream; what no row fills is padding.
+
+    Raises:
+        ValueError: there are not as many image features as vision tokens.
     """
-    masks = torch.stack([is_token & ~is_vision, is_token & is_vision])
-    widths = masks.sum(-1).amax(-1).tolist()  # the routing's only wait for the device
-    widths[1] = max(widths[1], min_vision)
-    text, vision = (pack_stream(mask, width) if width else None for mask, width in zip(masks, widths, strict=True))
-    return text, vision
+    marks = torch.stack([is_vision, is_token & ~is_vision, is_token & is_vision])
+    num_marked, num_text, num_vision = marks.sum(-1).tolist()  # the routing's only wait for the device
+    if num_features not in (None, sum(num_marked)):
+        raise ValueError(
+            f"Image features and image tokens do not match: the prompts hold {sum(num_marked)} image tokens (by row: "
+            f"{num_marked}) but the images give {num_features} features. Each image needs as many image tokens as "
+            "it has features: let the processor expand <image>, and pass every image of the batch."
+        )
+    return pack_stream(marks[1], num_text), pack_stream(marks[2], num_vision, min_vision)
 
 
 class StreamLayer(DynamicLayer):
@@ -119,6 +158,11 @@ class SlotLayer(DynamicLayer):
         super().__init__()
         self.joint_layer = joint_layer  # holds every column
         self.stream_layers = stream_layers
+        self.is_ragged = False  # whether a slot may be padding
+
+    def reset(self) -> None:
+        super().reset()
+        self.is_ragged = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the columns that `joint_layer`, cropped before this layer, has lost, and the last slots that no row
@@ -126,6 +170,7 @@ class SlotLayer(DynamicLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         self.keys = torch.where(self.keys > self.joint_layer.get_seq_length(), 0, self.keys)
+        self.is_ragged = True
         used = self.keys.amax((0, 1, 3)).nonzero()
         num_kept = int(used[-1]) + 1 if len(used) else 0
         for layer in [self, *self.stream_layers]:
@@ -148,12 +193,14 @@ class StreamPlan:
         rotary: cosines and sines of the tokens' original positions, each `(B, N, head_dim)`.
         mask: attention mask over the slots of the stream's cache, in the form that the attention backend takes.
         slots: column of each slot plus 1, `(B, slots)`, 0 where a slot is padding.
+        cache: the KV cache that the layers of the stream extend, or None.
     """
 
     stream: Stream
     rotary: tuple[torch.Tensor, torch.Tensor]
     mask: torch.Tensor | None
     slots: torch.LongTensor
+    cache: Cache | None
 
 
 @dataclass
@@ -178,6 +225,17 @@ class Call:
     def padding_mask(self) -> torch.Tensor | None:
         is_2d = self.attention_mask is not None and self.attention_mask.ndim == 2
         return self.attention_mask if is_2d else None
+
+    def last(self, num_tokens: int, cache: Cache) -> "Call":
+        """The call of the last `num_tokens` alone, after the others went into `cache`."""
+        mask = self.attention_mask
+        return Call(
+            attention_mask=mask if mask is None or mask.ndim == 2 else mask[:, :, -num_tokens:],
+            position_ids=self.position_ids[:, -num_tokens:],
+            columns=self.columns[-num_tokens:],
+            rotary=tuple(x[:, -num_tokens:] for x in self.rotary),
+            cache=cache,
+        )
 
 
 def select_mask(mask: torch.Tensor, rows: torch.LongTensor, slots: torch.LongTensor) -> torch.Tensor:
@@ -208,54 +266,104 @@ class SideBranch(nn.Module):
         self._fsdp_plan = _layer_plan(config.text_config.base_model_fsdp_plan)
 
     def forward(self, hidden_states: torch.Tensor, plan: StreamPlan, **kwargs) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=plan.mask, position_embeddings=plan.rotary, **kwargs)
-        return hidden_states
+        return run_layers(self.layers, hidden_states, stream_arguments(plan, **kwargs))
 
 
 def _layer_plan(plan: dict | None) -> dict:
     return {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
 
 
-def joint_arguments(decoder: nn.Module, hidden_states: torch.Tensor, call: Call, **kwargs) -> dict:
-    """Arguments of the layers that see both streams. `hidden_states` `(B, T, D)` gives shape, dtype and device."""
-    mask = create_causal_mask(
+def joint_mask(decoder: nn.Module, hidden_states: torch.Tensor, call: Call, layer_idx: int = 0):
+    """Mask of a layer that sees both streams, in the form that the attention backend takes.
+
+    Args:
+        hidden_states: `(B, T, D)`, gives shape, dtype and device.
+        layer_idx: whose cache sizes it; else transformers takes the first that is not sliding, maybe a side branch's.
+    """
+    return create_causal_mask(
         config=decoder.config,
         inputs_embeds=hidden_states,
         attention_mask=call.attention_mask,
-        past_key_values=call.cache,
         position_ids=call.position_ids,
-        layer_idx=0,  # else the first layer that is not sliding, which may be one of the side branch
+        layer_idx=layer_idx,
+        **{CACHE: call.cache},
     )
+
+
+def joint_arguments(call: Call, mask: torch.Tensor | None, **kwargs) -> dict:
+    """Arguments of the layers that see both streams."""
     return {
         "attention_mask": mask,
         "position_embeddings": call.rotary,
         "position_ids": call.position_ids,
-        "past_key_values": call.cache,
+        CACHE: call.cache,
         **kwargs,
     }
 
 
-def run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, arguments: dict) -> torch.Tensor:
+def stream_arguments(plan: StreamPlan, **kwargs) -> dict:
+    """Arguments of the layers that one stream passes.
+
+    Without `position_ids`: flash attention reads gaps in them as borders of packed sequences.
+    """
+    return {"attention_mask": plan.mask, "position_embeddings": plan.rotary, CACHE: plan.cache, **kwargs}
+
+
+def run_layers(layers: list[nn.Module] | nn.ModuleList, hidden_states: torch.Tensor, arguments: dict) -> torch.Tensor:
     for layer in layers:
         hidden_states = layer(hidden_states, **arguments)
     return hidden_states
 
 
 def run_stream(
-    layers: nn.ModuleList | SideBranch, hidden_states: torch.Tensor, plan: StreamPlan | None, **kwargs
+    layers: list[nn.Module] | SideBranch, hidden_states: torch.Tensor, plan: StreamPlan | None, **kwargs
 ) -> torch.Tensor:
     """`hidden_states` `(B, T, D)` whose tokens of one stream have passed `layers`; the others stay as they are."""
     if plan is None:
         return hidden_states
     states = plan.stream.take(hidden_states)
-    if isinstance(layers, nn.ModuleList):
-        states = run_layers(
-            layers, states, {"attention_mask": plan.mask, "position_embeddings": plan.rotary, **kwargs}
-        )
+    if isinstance(layers, list):
+        states = run_layers(layers, states, stream_arguments(plan, **kwargs))
     else:  # as a module, for hooks and wrappers
         states = layers(states, plan, **kwargs)
     return plan.stream.put(hidden_states, states)
+
+
+def can_read_last(decoder: nn.Module, layer: nn.Module, cache: Cache | None) -> bool:
+    """Whether `layer` may get its tokens in two parts: first, for keys and values only, those nobody reads.
+
+    Not where something else runs the layer's `forward` (weights that come and go with it, gradient checkpointing), and
+    not where a cache holds something other than the keys and values that it is given.
+    """
+    is_wrapped = "forward" in vars(layer) or layer._forward_pre_hooks
+    is_checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    is_plain = cache is None or (
+        type(cache.layers[layer.self_attn.layer_idx]) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+        and not cache.offloading
+    )
+    return decoder.config.model_type in PLAIN_KEYS and is_plain and not is_wrapped and not is_checkpointed
+
+
+def add_keys_and_values(layer: nn.Module, hidden_states: torch.Tensor, rotary: tuple, cache: Cache) -> None:
+    """Puts the keys and values of `(B, N, D)`, tokens whose outputs nobody reads, into the cache of `layer`."""
+    attention, hidden_states = layer.self_attn, layer.input_layernorm(hidden_states)
+    shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
+    keys = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
+    values = attention.v_proj(hidden_states).view(shape).transpose(1, 2)
+    _, keys = apply_rotary_pos_emb(keys[:, :0], keys, *rotary)
+    cache.update(keys, values, attention.layer_idx)
+
+
+def read_last(
+    decoder: nn.Module, layer: nn.Module, hidden_states: torch.Tensor, call: Call, num_read: int, **kwargs
+) -> torch.Tensor:
+    """`layer` on `(B, T, D)` for the last `num_read` tokens alone: `(B, num_read, D)`."""
+    num_unread = hidden_states.shape[1] - num_read
+    cache = DynamicCache() if call.cache is None else call.cache
+    add_keys_and_values(layer, hidden_states[:, :num_unread], tuple(x[:, :num_unread] for x in call.rotary), cache)
+    states, last = hidden_states[:, num_unread:], call.last(num_read, cache)
+    mask = joint_mask(decoder, states, last, layer.self_attn.layer_idx)
+    return layer(states, **joint_arguments(last, mask, **kwargs))
 
 
 @capture_outputs
@@ -267,46 +375,39 @@ def route(
     text: StreamPlan | None,
     vision: StreamPlan | None,
     call: Call,
+    mask: torch.Tensor | None,
+    num_read: int = 0,
     **kwargs,
 ) -> BaseModelOutputWithPast:
     """Dual-path routing through `decoder`, the text backbone of LLaVA, whose own recorders `capture_outputs` uses.
 
-    Rotary phases come from the original positions in every stream; `position_ids` go to the layers that see all tokens
-    only, because flash attention reads gaps in them as borders of packed sequences.
+    Rotary phases come from the original positions in every stream. `mask` is that of the layers that see both streams.
+    With `num_read`, only that many last positions are read: the last layer computes no others, `(B, num_read, D)`.
     """
     joint_layers, text_only_layers, fusion_layers = split_layers(decoder, config)
-    joint = joint_arguments(decoder, hidden_states, call, **kwargs)
-    cached = {"past_key_values": call.cache, **kwargs}
+    joint = joint_arguments(call, mask, **kwargs)
     hidden_states = run_layers(joint_layers, hidden_states, joint)
     # Text first: with a frozen backbone, the graph begins at the side branch
-    hidden_states = run_stream(text_only_layers, hidden_states, text, **cached)
-    hidden_states = run_stream(side_branch, hidden_states, vision, **cached)
-    hidden_states = run_layers(fusion_layers, hidden_states, joint)
+    hidden_states = run_stream(text_only_layers, hidden_states, text, **kwargs)
+    hidden_states = run_stream(side_branch, hidden_states, vision, **kwargs)
+    hidden_states = run_layers(fusion_layers[:-1], hidden_states, joint)
+    if 0 < num_read < hidden_states.shape[1] and can_read_last(decoder, fusion_layers[-1], call.cache):
+        hidden_states = read_last(decoder, fusion_layers[-1], hidden_states, call, num_read, **kwargs)
+    else:
+        hidden_states = run_layers(fusion_layers[-1:], hidden_states, joint)[:, -num_read:]  # -0 keeps all
     return BaseModelOutputWithPast(decoder.norm(hidden_states), call.cache)
 
 
-def split_layers(decoder: nn.Module, config: DPVRConfig) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
+def split_layers(decoder: nn.Module, config: DPVRConfig) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
     """Joint, text-only and fusion layers of the decoder."""
-    saturation, fusion = config.saturation_layer, config.first_fusion_layer
-    layers = decoder.layers[: config.text_config.num_hidden_layers]
+    saturation, fusion, layers = config.saturation_layer, config.first_fusion_layer, list(decoder.layers)
     return layers[:saturation], layers[saturation:fusion], layers[fusion:]
 
 
 def insert_image_features(
-    inputs_embeds: torch.Tensor, is_vision: torch.BoolTensor | None, image_features: torch.Tensor
+    inputs_embeds: torch.Tensor, is_vision: torch.BoolTensor, image_features: torch.Tensor
 ) -> torch.Tensor:
-    """Puts image features `(number of vision tokens of the batch, D)` at the vision tokens of `(B, T, D)`.
-
-    Raises:
-        ValueError: their numbers differ; the message gives both and the number of vision tokens of each row.
-    """
-    per_row = [0] * len(inputs_embeds) if is_vision is None else is_vision.sum(-1).tolist()
-    if sum(per_row) != len(image_features):
-        raise ValueError(
-            f"Image features and image tokens do not match: the prompts hold {sum(per_row)} image tokens (by row: "
-            f"{per_row}) but the images give {len(image_features)} features. Each image needs as many image tokens as "
-            "it has features: let the processor expand <image>, and pass every image of the batch."
-        )
+    """Puts image features `(number of vision tokens of the batch, D)` at the vision tokens of `(B, T, D)`."""
     is_vision = is_vision[..., None].to(inputs_embeds.device)
     return inputs_embeds.masked_scatter(is_vision, image_features.to(inputs_embeds.device, inputs_embeds.dtype))
 
@@ -343,7 +444,7 @@ def expand_attention(attention: torch.Tensor, text: StreamPlan, shape: torch.Siz
     attention = attention * (text.stream.valid[:, None, :, None] & (text.slots > 0)[:, None, None])
     columns = (text.slots - 1).clamp(min=0)[:, None, None].expand_as(attention)
     rows = attention.new_zeros(*attention.shape[:3], shape[3]).scatter_add(3, columns, attention)
-    index = text.stream.index[:, None, :, None].expand_as(rows)
+    index = text.stream.columns[:, None, :, None].expand_as(rows)
     return attention.new_zeros(shape).scatter_add(2, index, rows)
 
 
@@ -411,14 +512,18 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaModelOutputWithPast:
-        """Arguments and errors as in [`DPVRForConditionalGeneration.forward`]; `last_hidden_state` is `(B, T, D)`."""
+        """Arguments and errors as in [`DPVRForConditionalGeneration.forward`]; `last_hidden_state` is `(B, T, D)`, or
+        `(B, logits_to_keep, D)` of the last tokens if that is an integer other than 0."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        image_features = None
+        cache = past_key_values if cache is None else cache
+        image_outputs = image_features = None
         if pixel_values is not None or mm_encoder_outputs:
-            image_features = self.encode_images(
+            image_outputs, image_features = self.encode_images(
                 pixel_values,
                 mm_encoder_outputs,
                 vision_feature_layer=vision_feature_layer,
@@ -427,32 +532,32 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-
-        is_continued = past_key_values is not None and self.has_filled(past_key_values)
+        is_continued = cache is not None and self.has_filled(cache)
         is_vision = self.find_vision_tokens(
             input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, is_continued
         )
-        if image_features is not None:
-            inputs_embeds = insert_image_features(inputs_embeds, is_vision, image_features)
 
         if use_cache is None:
             is_checkpointing = self.training and any(x.gradient_checkpointing for x in self.language_model.layers)
             use_cache = self.config.text_config.use_cache and not is_checkpointing
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.text_config)
         return_dict = kwargs.pop("return_dict", None)
-        outputs = self.decode(inputs_embeds, is_vision, attention_mask, position_ids, past_key_values, **kwargs)
-        outputs = LlavaModelOutputWithPast(**outputs, image_hidden_states=image_features)
+        outputs = self.decode(
+            inputs_embeds, is_vision, image_features, attention_mask, position_ids, cache, logits_to_keep, **kwargs
+        )
+        images = {IMAGES: image_features if IMAGES == "image_hidden_states" else image_outputs}
+        outputs = LlavaModelOutputWithPast(**outputs, **images)
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     @torch.compiler.disable
     def encode_images(
         self, pixel_values: torch.Tensor | None, mm_encoder_outputs: dict | None, **kwargs
-    ) -> torch.Tensor | None:
-        """Features of all images, `(number of vision tokens, D)`, or None if there are none.
+    ) -> tuple[BaseModelOutputWithPooling | None, torch.Tensor | None]:
+        """Outputs of `get_image_features` and the features of all images, `(number of vision tokens, D)`, or None.
 
-        Not compiled: LLaVA lists them by image, so each number of images would be compiled by itself. To compile the
-        vision tower, compile `model.vision_tower`.
+        Not compiled: LLaVA lists features by image, so each number of images would be compiled by itself. To compile
+        the vision tower, compile `model.vision_tower`.
 
         Raises:
             ValueError: the images come twice, as pixels and as features.
@@ -464,7 +569,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                     "Pass pixel_values or mm_encoder_outputs['image'], not both: they are the same images."
                 )
             outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
-        return None if outputs is None else torch.cat(list(outputs.pooler_output))
+        return outputs, None if outputs is None else torch.cat(list(outputs.pooler_output))
 
     def find_vision_tokens(
         self,
@@ -500,9 +605,9 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             return None
         else:
             is_vision = input_ids == self.config.image_token_id
-        if not is_vision.any():
-            return None
-        if input_ids is not None and not has_images:
+        if has_images or input_ids is None:
+            return is_vision
+        if is_vision.any():
             message = (
                 f"input_ids hold image tokens (by row: {is_vision.sum(-1).tolist()}) but no image came with them. "
                 "Pass pixel_values; or inputs_embeds that hold the image features, with mm_token_type_ids; or, if "
@@ -511,16 +616,17 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             if mm_token_type_ids is not None or is_continued:
                 raise ValueError(message)
             logger.warning_once(f"{message} They are taken for text.")
-            return None
-        return is_vision
+        return None
 
     def decode(
         self,
         inputs_embeds: torch.Tensor,
         is_vision: torch.BoolTensor | None,
+        image_features: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
         cache: Cache | None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The decoder on embeddings `(B, T, D)`: finds the streams, routes them, gives outputs their usual shapes."""
@@ -533,8 +639,14 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             num_seen = cache.get_seq_length()
             if cache.offloading:  # the layer prefetched after the decoder's last is the side branch's, not the first
                 cache.layers[0].prefetch()
-        call, text, vision = self.plan_call(
-            inputs_embeds, is_vision, attention_mask, position_ids, cache, num_seen, kwargs
+        call, text, vision, mask = self.plan_call(
+            inputs_embeds, is_vision, attention_mask, position_ids, cache, num_seen, kwargs, image_features
+        )
+        if image_features is not None:
+            inputs_embeds = insert_image_features(inputs_embeds, is_vision, image_features)
+        is_recorded = any(
+            kwargs.get(name, getattr(self.language_model.config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
         )
         outputs = route(
             self.language_model,
@@ -544,6 +656,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             text,
             vision,
             call,
+            mask,
+            num_read=logits_to_keep if isinstance(logits_to_keep, int) and not is_recorded else 0,
             return_dict=True,
             **kwargs,
         )
@@ -562,32 +676,48 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         cache: Cache | None = None,
         num_seen: int | torch.Tensor = 0,
         kwargs: dict | None = None,
-    ) -> tuple[Call, StreamPlan | None, StreamPlan | None]:
-        """What the call says of its tokens, and the plans of the text and the vision stream.
+        image_features: torch.Tensor | None = None,
+    ) -> tuple[Call, StreamPlan | None, StreamPlan | None, torch.Tensor | None]:
+        """What the call says of its tokens, the plans of the text and the vision stream, and the mask of the layers
+        that see both.
 
         Args:
             inputs_embeds: `(B, T, D)`.
             is_vision: `(B, T)`, or None if all tokens are text.
             num_seen: tokens that `cache` holds.
             kwargs: the other arguments of the layers.
+            image_features: `(number of vision tokens, D)`, whose number is checked.
         """
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen
         self._refuse_unsupported(attention_mask, position_ids, cache, num_seen, len(columns), kwargs or {})
         position_ids = columns[None] if position_ids is None else position_ids
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         call = Call(attention_mask, position_ids, columns, rotary, cache)
-        return call, *self.plan_streams(inputs_embeds, is_vision, call)
+        text, vision = self.find_streams(inputs_embeds.shape[:2], is_vision, call, image_features)
+        mask = joint_mask(self.language_model, inputs_embeds, call)
+        num_layers = self.config.text_config.num_hidden_layers
+        text_slots = num_layers + self.config.num_side_layers
+        # Keys and values of the side branch are read by later vision tokens alone
+        kept = cache if getattr(cache, "expects_images", True) else None
+        return (
+            call,
+            text
+            and self.plan_stream(text, self.config.saturation_layer, text_slots, inputs_embeds, call, mask, cache),
+            vision and self.plan_stream(vision, num_layers, text_slots + 1, inputs_embeds, call, mask, kept),
+            mask,
+        )
 
-    def plan_streams(
-        self, hidden_states: torch.Tensor, is_vision: torch.BoolTensor | None, call: Call
-    ) -> tuple[StreamPlan | None, StreamPlan | None]:
-        """Plans of the text and the vision stream, None for a stream without tokens in this call.
+    def find_streams(
+        self, shape: torch.Size, is_vision: torch.BoolTensor | None, call: Call, image_features: torch.Tensor | None
+    ) -> tuple[Stream | None, Stream | None]:
+        """The text and the vision stream, None for one without tokens in this call. Padding belongs to neither.
 
         Args:
-            hidden_states: `(B, T, D)`.
+            shape: `(B, T)`.
             is_vision: `(B, T)`, or None if all tokens are text.
+            image_features: `(number of vision tokens, D)` or None.
         """
-        is_token = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        is_token = torch.ones(shape, dtype=torch.bool, device=call.columns.device)
         if call.padding_mask is not None:
             is_token = call.padding_mask[:, call.columns].bool()
         # A training step without an image runs the side branch on padding, whose gradients are zero: processes that
@@ -596,28 +726,33 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         if is_vision is None and is_training:
             is_vision = torch.zeros_like(is_token)
         if is_vision is None:  # no packing: shapes that do not depend on the data let the decode step compile
-            index = torch.arange(hidden_states.shape[1], device=is_token.device)
-            text, vision = Stream(index.expand_as(is_token), is_token), None
-        else:
-            text, vision = split_streams(is_vision, is_token, min_vision=int(is_training))
-        num_layers = self.config.text_config.num_hidden_layers
-        text_slots = num_layers + self.config.num_side_layers
-        return (
-            text and self.plan_stream(text, self.config.saturation_layer, text_slots, hidden_states, call),
-            vision and self.plan_stream(vision, num_layers, text_slots + 1, hidden_states, call),
-        )
+            return Stream(None, is_token, is_ragged=call.padding_mask is not None), None
+        num_features = None if image_features is None else len(image_features)
+        return split_streams(is_vision.to(is_token.device), is_token, num_features, min_vision=int(is_training))
 
     def plan_stream(
-        self, stream: Stream, layer_idx: int, slot_idx: int, hidden_states: torch.Tensor, call: Call
+        self,
+        stream: Stream,
+        layer_idx: int,
+        slot_idx: int,
+        hidden_states: torch.Tensor,
+        call: Call,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
     ) -> StreamPlan:
-        """The plan of one stream, whose keys and values are cached from `layer_idx` on and its slots at `slot_idx`."""
-        slots = torch.where(stream.valid, call.columns[stream.index] + 1, 0)
-        if call.cache is not None:
-            stored = slots[:, None, :, None]
-            slots = call.cache.layers[slot_idx].update(stored, stored[..., :0])[0][:, 0, :, 0]
-        if call.attention_mask is not None and call.padding_mask is None:
-            mask = select_mask(call.attention_mask, stream.index, slots)
-        else:
+        """The plan of one stream, whose keys and values `cache` has from layer `layer_idx` on and its slots at
+        `slot_idx`. `mask` is that of the layers that see both streams."""
+        if mask is None and stream.index is None:
+            stream.is_ragged = False  # the backend saw no padding
+        slots = torch.where(stream.valid, call.columns[stream.columns] + 1, 0)
+        is_ragged = stream.is_ragged
+        if cache is not None:
+            layer, stored = cache.layers[slot_idx], slots[:, None, :, None]
+            slots = layer.update(stored, stored[..., :0])[0][:, 0, :, 0]
+            is_ragged = layer.is_ragged = is_ragged or getattr(layer, "is_ragged", True)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            mask = select_mask(mask, stream.columns, slots)
+        elif is_ragged or mask is not None:  # else the backend needs no mask for the stream either
             is_visible = slots > 0
             if call.padding_mask is not None:
                 is_visible = is_visible & call.padding_mask.gather(1, (slots - 1).clamp(min=0)).bool()
@@ -625,10 +760,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 config=self.language_model.config,
                 inputs_embeds=stream.take(hidden_states[..., :0]),
                 attention_mask=is_visible,
-                past_key_values=call.cache,
                 layer_idx=layer_idx,
+                allow_is_causal_skip=False,  # what is known need not be looked up on the device
+                **{CACHE: cache},
             )
-        return StreamPlan(stream, tuple(stream.take(x) for x in call.rotary), mask, slots)
+        return StreamPlan(stream, tuple(stream.take(x) for x in call.rotary), mask, slots, cache)
 
     def has_filled(self, cache: Cache) -> bool:
         """Whether a model of this geometry extended the cache, which it does when it first writes to it."""
@@ -735,6 +871,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
@@ -743,12 +880,14 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             pixel_values: `(number of images, channels, height, width)`, in the order of the prompts.
             attention_mask: `(B, tokens in the cache + T)`, 0 at padding on either side; a 4D mask is taken as it is.
             position_ids: `(B, T)`; by default the place in the row.
-            past_key_values: any transformers cache, empty or filled by this model. It is extended in place.
+            past_key_values: any transformers cache, empty or filled by this model. It is extended in place. From
+                transformers 5.24 on it is called `cache`; either name is taken.
             inputs_embeds: `(B, T, D)` in place of `input_ids`.
             mm_token_type_ids: `(B, T)`, 1 at vision tokens, 0 at text. `DPVRProcessor` and `generate` give it. Needed
                 with `inputs_embeds`; with `input_ids` the image tokens tell, where images come with them.
             labels: `(B, T)`, -100 where no loss is wanted.
-            logits_to_keep: number of last positions (0: all), or their indices, to compute logits for.
+            logits_to_keep: number of last positions (0: all), or their indices, to compute logits for. The last layer
+                computes nothing but keys and values for tokens before the last `logits_to_keep`.
             mm_encoder_outputs: `{"image": outputs of get_image_features}` in place of `pixel_values`.
 
         Returns:
@@ -778,6 +917,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             vision_feature_layer=vision_feature_layer,
@@ -785,6 +925,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
+            logits_to_keep=logits_to_keep,
             return_dict=True,
             **kwargs,
         )
@@ -798,10 +939,9 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         outputs = LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            **{name: getattr(outputs, name) for name in (CACHE, IMAGES)},
         )
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
@@ -849,7 +989,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         """Transformers drops the target model's image features from the prompt of an assistant model. They fit where
         both share a vision tower and projector; else the assistant takes image tokens for text, as LLaVA does, and
         the target corrects it."""
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE)
         is_prompt = cache is None or cache.get_seq_length() == 0
         features = mm_encoder_outputs["image"].pooler_output
         num_image_tokens = (inputs["input_ids"] == self.config.image_token_id).sum()
@@ -859,12 +999,21 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         else:
             inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        """A cache that ends with this call of `generate`, its prompt read in one piece, sees no later image."""
+        is_given = model_kwargs.get(CACHE) is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if not is_given and model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE].expects_images = bool(
+                generation_config.return_dict_in_generate or generation_config.prefill_chunk_size
+            )
+
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs):
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs):
         """Keeps the 2D mask, which routing needs to know padding, at the constant width that compilation needs."""
         if attention_mask is None:
             return None
-        return nn.functional.pad(attention_mask, (0, past_key_values.get_max_length(0) - attention_mask.shape[1]))
+        return nn.functional.pad(attention_mask, (0, kwargs[CACHE].get_max_length(0) - attention_mask.shape[1]))
 
 
 DPVRForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

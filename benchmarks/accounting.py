@@ -20,15 +20,16 @@ c positions in reach, one decoder layer costs
     side branch     V, V, V                                      not run
     text-only       T, T, T                                      1, 1, T + 1
     fusion          V + T, V + T, V + T                          1, 1, V + T + 1
-    last, if `skip_unread_vision`
-                    T, V + T, V + T                              1, 1, V + T + 1
+    last            num_logits, V + T, V + T                     1, 1, V + T + 1
 
-A dense LLaVA is all joint. The head costs `2 * D * vocabulary` per logit and the projector `2 * (D_v * D + D * D)` per
-vision token. The CLIP tower, N patches and all of its layers, costs `2 * 3 * patch^2 * D_v * N` for the patches and,
-per layer, the above with q = n = c = N + 1, G = H and an MLP of two matrices.
+A dense LLaVA is all joint, and its last layer computes all V + T outputs, whoever reads them. The head costs
+`2 * D * vocabulary` per logit and the projector `2 * (D_v * D + D * D)` per vision token. The CLIP tower, N patches
+and all of its layers, costs `2 * 3 * patch^2 * D_v * N` for the patches and, per layer, the above with
+q = n = c = N + 1, G = H and an MLP of two matrices.
 
 A KV cache holds `2 * G * h * itemsize` bytes for each position of each layer: V + T in joint and fusion layers, T in
-text-only layers, V in the side branch. Sliding windows are taken to be longer than the prompt.
+text-only layers, and V in the side branch where a later image may come, which alone reads them. Sliding windows are
+taken to be longer than the prompt.
 
 Example:
 
@@ -97,24 +98,22 @@ def _roles(config: LlavaConfig) -> list[str]:
     ]
 
 
-def prefill_loads(
-    config: LlavaConfig, vision_tokens: int, text_tokens: int, skip_unread_vision: bool = False
-) -> list[LayerLoad]:
+def prefill_loads(config: LlavaConfig, vision_tokens: int, text_tokens: int, num_logits: int = 1) -> list[LayerLoad]:
     """The load of every layer when a prompt is read in one call.
 
     Args:
         config: A `LlavaConfig` (dense) or a `DPVRConfig` (routed).
         vision_tokens, text_tokens: Tokens of each kind in the prompt.
-        skip_unread_vision: Whether a routed model computes only keys and values for the vision tokens of its last
-            layer, whose outputs nobody reads. The model of this repository computes them all, as a dense one does.
+        num_logits: Last positions that are read, 0 for all. For the others the last layer of a routed model computes
+            only keys and values; LLaVA's of transformers computes them all.
     """
     seen = {"side branch": vision_tokens, "text-only": text_tokens}
     loads = []
     for role in _roles(config):
         length = seen.get(role, vision_tokens + text_tokens)
         loads.append(LayerLoad(role, length, length, length))
-    if skip_unread_vision and loads[-1].role == "fusion":
-        loads[-1] = LayerLoad("fusion", text_tokens, loads[-1].new, loads[-1].context)
+    if loads[-1].role == "fusion" and 0 < num_logits < loads[-1].new:
+        loads[-1] = LayerLoad("fusion", num_logits, loads[-1].new, loads[-1].context)
     return [load for load in loads if load.new]
 
 
@@ -182,7 +181,6 @@ def prefill_flops(
     text_tokens: int,
     *,
     num_logits: int = 1,
-    skip_unread_vision: bool = False,
 ) -> Flops:
     """FLOPs of reading a prompt in one call.
 
@@ -190,8 +188,7 @@ def prefill_flops(
         config: A `LlavaConfig` (dense) or a `DPVRConfig` (routed).
         vision_tokens: Vision tokens, a multiple of those of one image.
         text_tokens: Text tokens.
-        num_logits: Positions that go through the head: 1 in `generate`, all in a plain call.
-        skip_unread_vision: See [`prefill_loads`].
+        num_logits: Last positions that go through the head: 1 in `generate`, 0 (all of them) in a plain call.
 
     Raises:
         ValueError: if `vision_tokens` is not a whole number of images, or the tower is not CLIP's.
@@ -199,12 +196,12 @@ def prefill_flops(
     per_image = tokens_per_image(config)
     if vision_tokens % per_image:
         raise ValueError(f"vision_tokens={vision_tokens} is not a multiple of the {per_image} tokens of one image.")
-    loads = prefill_loads(config, vision_tokens, text_tokens, skip_unread_vision)
+    loads = prefill_loads(config, vision_tokens, text_tokens, num_logits)
     return Flops(
         vision_tower=vision_tokens // per_image * vision_tower_flops(config.vision_config),
         projector=projector_flops(config, vision_tokens),
         decoder=_decoder_flops(config, loads),
-        head=_head_flops(config, num_logits),
+        head=_head_flops(config, num_logits or vision_tokens + text_tokens),
     )
 
 
@@ -215,18 +212,23 @@ def decode_flops(config: LlavaConfig, vision_tokens: int, text_tokens: int) -> F
     return Flops(vision_tower=0, projector=0, decoder=decoder, head=_head_flops(config, 1))
 
 
-def cache_bytes(config: LlavaConfig, vision_tokens: int, text_tokens: int, itemsize: int = 2) -> dict[str, int]:
+def cache_bytes(
+    config: LlavaConfig, vision_tokens: int, text_tokens: int, itemsize: int = 2, later_images: bool = False
+) -> dict[str, int]:
     """Bytes of the KV cache after a prompt, by role of the layer.
 
     Args:
         config: A `LlavaConfig` (dense) or a `DPVRConfig` (routed).
         vision_tokens, text_tokens: Tokens of each kind.
         itemsize: Bytes of one number, 2 for float16 and bfloat16.
+        later_images: Whether the cache may see another image, which reads what the side branch cached. `generate`
+            leaves that out, unless it returns its cache or reads the prompt in chunks.
     """
     per_position = 2 * config.text_config.num_key_value_heads * _head_dim(config.text_config) * itemsize
     sizes: dict[str, int] = {}
     for load in prefill_loads(config, vision_tokens, text_tokens):
-        sizes[load.role] = sizes.get(load.role, 0) + load.context * per_position
+        if load.role != "side branch" or later_images:
+            sizes[load.role] = sizes.get(load.role, 0) + load.context * per_position
     return sizes
 
 

@@ -58,6 +58,9 @@ from training.staged import pack, take
 for ours, llavas in (("PrunedLlava", "llava"), ("PrunedLlavaModel", "LlavaModel")):
     register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(llavas), overwrite=True)
 
+# Transformers 5.24 renamed it
+CACHE = "cache" if "cache" in LlavaModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -207,13 +210,15 @@ class PrunedLlavaModel(LlavaModel):
         mm_token_type_ids: torch.LongTensor | None = None,
         last_column: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """As LLaVA's, but for hidden states and attentions, which are not recorded. `last_hidden_state` is
         `(B, T, D)`; a dropped token keeps the state in which it was dropped.
 
         Args:
-            past_key_values: a DynamicCache. Layers after a drop hold no key or value of a dropped token.
+            past_key_values, cache: a DynamicCache, by its name before or after transformers 5.24. Layers after a drop
+                hold no key or value of a dropped token.
             mm_token_type_ids: `(B, T)`, 1 at vision tokens; needed where `inputs_embeds` come without `input_ids`.
             last_column: `(B,)`, the column of the prompt's last token, which ranks; by default each row's last token.
                 Where a call reads the answer along with the prompt, this keeps the answer out of the ranking.
@@ -242,11 +247,11 @@ class PrunedLlavaModel(LlavaModel):
             )
         if use_cache is None:
             use_cache = self.config.text_config.use_cache
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None:  # FastV ranks by the keys in it, whether or not the caller wants it
             cache = DynamicCache(config=self.config.text_config)
         hidden_states = self.decode(inputs_embeds, is_vision, attention_mask, position_ids, cache, last_column)
-        return LlavaModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache if use_cache else None)
+        return LlavaModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache if use_cache else None})
 
     def decode(
         self,
@@ -292,7 +297,7 @@ class PrunedLlavaModel(LlavaModel):
                 mask = self.make_mask(hidden_states, slots[:, 0, :, 0], cache, i)
             layer_input = hidden_states
             hidden_states = layer(
-                hidden_states, attention_mask=mask, position_embeddings=tokens.rotary, past_key_values=cache
+                hidden_states, attention_mask=mask, position_embeddings=tokens.rotary, **{CACHE: cache}
             )
         return put(all_states, tokens, self.language_model.norm(hidden_states))
 
@@ -346,8 +351,8 @@ class PrunedLlavaModel(LlavaModel):
             config=self.language_model.config,
             inputs_embeds=hidden_states,
             attention_mask=slots,
-            past_key_values=cache,
             layer_idx=layer_idx,
+            **{CACHE: cache},
         )
 
 

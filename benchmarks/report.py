@@ -18,6 +18,7 @@ Plots are drawn into `figures/`. `--check` changes nothing, and fails if the REA
 import argparse
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -82,16 +83,17 @@ def cost_table() -> str:
         tokens = (config.image_seq_length, 64)
         dense = dense_config(config)
         flops = [prefill_flops(each, *tokens).decoder for each in (dense, config)]
-        stored = [cache_bytes(each, *tokens) for each in (dense, config)]
-        total, branch = sum(stored[1].values()), stored[1]["side branch"]
-        whole = sum(stored[0].values())
+        whole, kept, most = (
+            sum(cache_bytes(each, *tokens, later_images=later).values())
+            for each, later in ((dense, False), (config, False), (config, True))
+        )
         rows.append(
             [
                 name,
                 f"{flops[0] / 1e12:.2f} to {flops[1] / 1e12:.2f} TFLOP",
                 f"{flops[1] / flops[0]:.3f}",
-                f"{whole / 2**20:.0f} to {total / 2**20:.0f} MiB",
-                f"{total / whole:.3f} ({(total - branch) / whole:.3f} without the side branch's own)",
+                f"{whole / 2**20:.0f} to {kept / 2**20:.0f} MiB",
+                f"{kept / whole:.3f} ({most / whole:.3f} where later images may come)",
             ]
         )
     return markdown(["576 image + 64 text tokens", "decoder, prefill", "ratio", "KV cache, 16 bit", "ratio"], rows)
@@ -106,11 +108,78 @@ def published_table(record: dict) -> str:
     return markdown(["benchmark", "task", "metric", "LLaVA-1.5-7B, published", "what differs there"], rows)
 
 
+def quality_table(record: dict) -> str:
+    from benchmarks.quality import summarize, table
+
+    return table(summarize(record))
+
+
+def side_branch_seeds_table(record: dict) -> str:
+    """Accuracy, what training recovers of it, and KL, by layer, loss and initialisation."""
+    from benchmarks.side_branch_seeds import summarize
+
+    def interval(pair: tuple[float, float], scale: float, digits: str) -> str:
+        half = "" if math.isnan(pair[1]) else f" ± {format(scale * pair[1], digits)}"
+        return "" if math.isnan(pair[0]) else format(scale * pair[0], digits) + half
+
+    rows = []
+    for entry in summarize(record):
+        names = [str(entry[key]) for key in ("saturation_layer", "loss", "init", "seeds")]
+        shares = [interval(entry[key], 100, ".1f") for key in ("accuracy", "recovered")]
+        rows.append([*names, *shares, interval(entry["kl"], 1, ".4f")])
+    return markdown(["S", "loss", "initialisation", "seeds", "accuracy %", "recovered %", "KL, nats"], rows)
+
+
+def training_table(record: dict) -> str:
+    """Seconds and memory of a training step, by what is trained and how."""
+    rows = [
+        [
+            kind,
+            f"{result['trained_parameters'] / 1e6:.1f} M",
+            "{:.3f} s ({:.3f} to {:.3f})".format(result["seconds"], *result["seconds_range"]),
+            f"{result['bytes_beyond_weights'] / 2**30:.3f} GiB",
+        ]
+        for kind, result in record["kinds"].items()
+    ]
+    return markdown(["what trains", "parameters", "a step, median (range)", "memory beyond the weights"], rows)
+
+
+def soak_table(record: dict) -> str:
+    """Memory and answers over thousands of calls."""
+    memory = [f"{find(record['rss_bytes']) / 2**20:.0f}" for find in (min, max)]
+    slopes = record["slopes"]
+    return markdown(
+        ["calls", "resident memory", "growth after the warm-up, a call", "answers that changed"],
+        [
+            [
+                f"{record['calls'][-1]:,}",
+                f"{memory[0]} to {memory[1]} MiB",
+                f"{slopes['bytes_per_call']:.1f} bytes, {slopes['objects_per_call']:.4f} Python objects",
+                str(len(record["different"])),
+            ]
+        ],
+    )
+
+
+def fuzz_table(record: dict) -> str:
+    """How many generated inputs ended how, by what they were given to."""
+    rows = [
+        [target, f"{result['inputs']:,}", "; ".join(f"{n:,} {outcome}" for outcome, n in result["outcomes"].items())]
+        for target, result in record.items()
+    ]
+    return markdown(["given to", "inputs", "outcomes"], rows)
+
+
 TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "accuracy": (accuracy_table, ["examples/dpvr-tiny-adapter/training.json"]),
     "cost": (cost_table, []),
+    "fuzz": (fuzz_table, ["benchmarks/results/fuzz.json"]),
     "published": (published_table, ["examples/evaluation/published.json"]),
+    "quality": (quality_table, ["benchmarks/results/quality.json"]),
     "saturation": (saturation_report.table, ["figures/saturation.json", "figures/saturation-dpvr.json"]),
+    "side-branch-seeds": (side_branch_seeds_table, ["benchmarks/results/side_branch_seeds.json"]),
+    "soak": (soak_table, ["benchmarks/results/soak.json"]),
+    "training": (training_table, ["benchmarks/results/training.json"]),
     "transformers-tests": (run_transformers_tests.table, ["benchmarks/results/transformers_tests.json"]),
 }
 

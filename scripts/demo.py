@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModel, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
@@ -52,10 +52,13 @@ def make_checkpoint(output: Path) -> None:
 
 @torch.no_grad()
 def stored_bytes(model, inputs) -> int:
-    """Bytes of the keys and values that a model holds after reading `inputs`."""
+    """Bytes of the keys and values that a model holds after reading `inputs`, as in `generate`."""
     text = model.config.text_config
     num_layers = text.num_hidden_layers + getattr(model.config, "num_side_layers", 0)
-    layers = model(**inputs).past_key_values.layers[:num_layers]
+    cache = DynamicCache(config=text)
+    cache.expects_images = False
+    model(**inputs, past_key_values=cache)
+    layers = cache.layers[:num_layers]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
 
 

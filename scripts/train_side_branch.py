@@ -74,7 +74,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     parser.add_argument("--max-length", type=int, help="most tokens of a row (default: the tokenizer's, at most 2048)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT")
-    parser.add_argument("--dtype", default="auto", help="of the frozen weights (default: as stored)")
+    parser.add_argument("--dtype", help="of the frozen weights (default: that of --bf16 or --fp16, else float32)")
     parser.add_argument("--base", help="name of the base model in the adapter (default: MODEL)")
     options, rest = parser.parse_known_args(arguments)
     trainer_parser = HfArgumentParser(TrainingArguments, prog=parser.prog, add_help=False)
@@ -95,21 +95,23 @@ def has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
-def load(options: argparse.Namespace, device: torch.device):
+def load(options: argparse.Namespace, arguments: TrainingArguments):
     """Model and processor."""
+    dtype = options.dtype or ("bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32")
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=True)
-    if config.model_type == "dpvr":
+    options.from_llava = config.model_type != "dpvr"
+    if not options.from_llava:
         if options.saturation_layer not in (None, config.saturation_layer):
             raise ValueError(
                 f"{options.model} is routed at layer {config.saturation_layer}, not at {options.saturation_layer}: "
                 "convert it anew, or give its LLaVA."
             )
-        model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype)
+        model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=dtype)
         processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     else:
-        model = from_llava(options.model, saturation_layer=options.saturation_layer, dtype=options.dtype)
+        model = from_llava(options.model, saturation_layer=options.saturation_layer, dtype=dtype)
         processor = processor_from_llava(options.model)
-    return model.to(device), processor
+    return model.to(arguments.device), processor
 
 
 def wrap(model, options: argparse.Namespace) -> StagedModel:
@@ -151,7 +153,8 @@ def record_of(options, arguments: TrainingArguments, trainer, model, sizes: dict
     trained, total, _ = count_trainable(model)
     history = trainer.state.log_history
     return {
-        "base_model": options.base or Path(options.model).name,
+        "base_model": options.base or (Path(options.model).name if Path(options.model).is_dir() else options.model),
+        "base_type": "llava" if options.from_llava else "dpvr",
         "data": options.data.name,
         **sizes,
         "loss": options.loss,
@@ -184,7 +187,7 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     """Trains, and writes adapter and records to OUTPUT. The record of the run."""
     set_seed(arguments.seed)
     checkpoint = last_checkpoint(options.output) if options.resume else None
-    model, processor = load(options, arguments.device)
+    model, processor = load(options, arguments)
     model = wrap(model, options)
     if arguments.process_index == 0:
         print(count_trainable(model)[2], flush=True)

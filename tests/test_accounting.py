@@ -141,7 +141,9 @@ def test_routed_prefill_is_what_torch_counts(shape, routing, attention):
     config = dpvr_config(shape, **ROUTINGS[routing])
     model = build(DPVRForConditionalGeneration, config, attention)
     inputs = prompt(num_images=2, num_text=11)
-    assert prefill_flops(config, 18, 11).total == count(model, **inputs, logits_to_keep=1)
+    for num_logits in (0, 1, 5):
+        counted = count(model, **inputs, logits_to_keep=num_logits)
+        assert prefill_flops(config, 18, 11, num_logits=num_logits).total == counted
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -149,29 +151,33 @@ def test_routed_prefill_is_what_torch_counts(shape, routing, attention):
 def test_routed_decode_and_cache_are_what_the_model_does(shape, routing):
     config = dpvr_config(shape, **ROUTINGS[routing])
     model = build(DPVRForConditionalGeneration, config)
-    with torch.no_grad():
-        cache = model(**prompt(num_images=1, num_text=6), use_cache=True).past_key_values
     num_layers = config.text_config.num_hidden_layers + config.num_side_layers  # behind them lie slots, no numbers
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers[:num_layers])
-    assert sum(cache_bytes(config, 9, 6, itemsize=4).values()) == held
+    for later_images in (True, False):
+        cache = DynamicCache(config=config.text_config)
+        cache.expects_images = later_images
+        with torch.no_grad():
+            model(**prompt(num_images=1, num_text=6), past_key_values=cache)
+        layers = [layer for layer in cache.layers[:num_layers] if layer.is_initialized]
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        assert sum(cache_bytes(config, 9, 6, itemsize=4, later_images=later_images).values()) == held
     step = {"input_ids": torch.tensor([[9]]), "mm_token_type_ids": torch.tensor([[0]])}
     assert decode_flops(config, 9, 6).total == count(model, **step, past_key_values=cache)
 
 
 def test_tiny_routed_loads_by_hand():
     config = dpvr_config("llama", saturation_layer=2, num_side_layers=2, num_fusion_layers=2)
-    loads = [(load.role, load.queries, load.new, load.context) for load in prefill_loads(config, 9, 4, True)]
+    loads = [(load.role, load.queries, load.new, load.context) for load in prefill_loads(config, 9, 4)]
     joint, side = ("joint", 13, 13, 13), ("side branch", 9, 9, 9)
-    assert loads == [joint, joint, side, side, ("text-only", 4, 4, 4), ("fusion", 13, 13, 13), ("fusion", 4, 13, 13)]
-    whole = prefill_loads(config, 9, 4)
+    assert loads == [joint, joint, side, side, ("text-only", 4, 4, 4), ("fusion", 13, 13, 13), ("fusion", 1, 13, 13)]
+    whole = prefill_loads(config, 9, 4, num_logits=0)
     assert (whole[-1].queries, whole[-1].new) == (13, 13)
 
 
 def test_without_an_image_routing_changes_nothing():
     config = dpvr_config("grouped", saturation_layer=2)
-    assert prefill_flops(config, 0, 12) == prefill_flops(dense_config(config), 0, 12)
+    assert prefill_flops(config, 0, 12, num_logits=0) == prefill_flops(dense_config(config), 0, 12, num_logits=0)
     assert decode_flops(config, 0, 12) == decode_flops(dense_config(config), 0, 12)
-    sizes = cache_bytes(config, 0, 12)
+    sizes = cache_bytes(config, 0, 12, later_images=True)
     assert "side branch" not in sizes
     assert sum(sizes.values()) == cache_bytes(dense_config(config), 0, 12)["joint"]
 
@@ -180,15 +186,16 @@ def test_llava_7b_figures():
     config = DPVRConfig()
     dense = prefill_flops(dense_config(config), 576, 64)
     routed = prefill_flops(config, 576, 64)
-    skipping = prefill_flops(config, 576, 64, skip_unread_vision=True)
-    assert routed.decoder / dense.decoder == pytest.approx(0.662, abs=5e-4)
-    assert skipping.decoder / dense.decoder == pytest.approx(0.638, abs=5e-4)
+    whole = prefill_flops(config, 576, 64, num_logits=0)
+    assert whole.decoder / dense.decoder == pytest.approx(0.662, abs=5e-4)
+    assert routed.decoder / dense.decoder == pytest.approx(0.635, abs=5e-4)
     assert routed.vision_tower == dense.vision_tower
     before = cache_bytes(dense_config(config), 576, 64)["joint"]
-    sizes = cache_bytes(config, 576, 64)
+    sizes = cache_bytes(config, 576, 64, later_images=True)
     assert before == 320 * 2**20  # 32 layers, 640 positions, 2 * 4096 numbers of 2 bytes
     assert sizes["side branch"] / before == pytest.approx(0.028, abs=5e-4)
     assert sum(sizes.values()) / before == pytest.approx(0.6625)
+    assert sum(cache_bytes(config, 576, 64).values()) / before == pytest.approx(0.634, abs=5e-4)
 
 
 def test_one_layer_of_7b_by_hand():

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from tiny import NUM_LAYERS, DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
 from transformers import MistralConfig, Qwen2Config
 
+from read_weights import Weight
+from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights
 from training.adapters import (
     AdapterError,
     add_adapter,
@@ -267,23 +269,36 @@ def test_a_side_branch_without_a_config_loads_too():
     assert all(torch.equal(merged[name], weight.float()) for name, weight in weights.items())
 
 
-@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "disk"])
-def test_adapters_load_on_a_base_with_a_device_map(saved, tmp_path, device_map):
-    (folder, expected), _ = saved
-    make_base().save_pretrained(tmp_path / "base")
-    if device_map == "disk":
-        device_map = {"lm_head": "cpu", "model": "cpu", "model.language_model.layers.3": "disk"}
-        device_map = dict.fromkeys(
-            ["lm_head", "model.vision_tower", "model.multi_modal_projector", "model.side_branch"]
-            + [f"model.language_model.{part}" for part in ("embed_tokens", "norm", "rotary_emb")]
-            + [f"model.language_model.layers.{i}" for i in range(NUM_LAYERS)],
-            "cpu",
-        ) | {"model.language_model.layers.3": "disk"}
-    base = DPVRForConditionalGeneration.from_pretrained(
-        tmp_path / "base", device_map=device_map, offload_folder=str(tmp_path / "offload")
+MODULES = ["lm_head", "model.vision_tower", "model.multi_modal_projector", "model.side_branch"]
+MODULES += [f"model.language_model.{part}" for part in ("embed_tokens", "norm", "rotary_emb")]
+MODULES += [f"model.language_model.layers.{i}" for i in range(NUM_LAYERS)]
+
+
+def load_with_a_layer_on_disk(folder):
+    """A base whose layer 3, of the text-only ones, is offloaded."""
+    make_base().save_pretrained(folder / "base")
+    device_map = dict.fromkeys(MODULES, "cpu") | {"model.language_model.layers.3": "disk"}
+    return DPVRForConditionalGeneration.from_pretrained(
+        folder / "base", device_map=device_map, offload_folder=str(folder / "offload")
     ).eval()
-    model = load_adapter(base, folder)
+
+
+@pytest.mark.parametrize("kind", ["side branch", "fusion"])
+def test_adapters_load_on_a_base_that_is_partly_offloaded(kind, tmp_path):
+    model = add_adapter(make_base(), KINDS[kind])
+    expected = train(model, 1)
+    save_adapter(model, tmp_path / "adapter", BASE)
+    model = load_adapter(load_with_a_layer_on_disk(tmp_path), tmp_path / "adapter")
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_on_an_offloaded_layer_is_refused_and_the_base_is_as_before(tmp_path):
+    save_adapter(add_adapter(make_base(), KINDS["user's"]), tmp_path / "adapter", BASE)
+    base = load_with_a_layer_on_disk(tmp_path)
+    before = logits(base)
+    with pytest.raises(AdapterError, match=r"layers.3.* belongs to a layer that is offloaded"):
+        load_adapter(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(base), before)
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -394,7 +409,45 @@ def test_the_paper_proportion_is_the_default(llava):
     assert from_llava(llava).config.saturation_layer == 18 * NUM_LAYERS // 32
 
 
+def test_the_converter_takes_an_adapter(llava, tmp_path):
+    model = add_adapter(from_llava(llava, saturation_layer=4))
+    train(model, 3)
+    save_adapter(model, tmp_path / "adapter", "llava-hf/llava-tiny")
+    shapes = {name: weight.shape for name, weight in base_state(model).items() if "side_branch" in name}
+    converted = adapter_weights(
+        adapter_file(str(tmp_path / "adapter")), [Weight(name, tuple(shape), None) for name, shape in shapes.items()]
+    )
+    assert adapter_saturation_layer(tmp_path / "adapter" / "adapter_model.safetensors") == 4
+    merged = merge_adapter(model).state_dict()
+    assert {weight.name for weight in converted} == set(shapes)
+    for weight in converted:
+        assert torch.equal(weight.source.load(), merged[weight.name])
+
+
 def test_base_state_names_weights_as_a_checkpoint_does():
     names = set(make_base().state_dict())
     assert set(base_state(add_adapter(make_base()))) == names
     assert set(base_state(add_adapter(make_base(), "fusion"))) == names
+
+
+@pytest.mark.parametrize("kind", ["side branch", "fusion"])
+def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(kind, tmp_path, capsys):
+    from scripts.merge_adapter import main
+
+    tiny = ROOT / "examples" / "tiny-llava"
+    model = add_adapter(from_llava(tiny, saturation_layer=4), KINDS[kind])
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.normal_(0, 0.1)
+    save_adapter(model, tmp_path / "adapter", str(tiny))
+    assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    expected = merge_adapter(model).state_dict()
+    loaded = DPVRForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype="auto")
+    for name, weight in loaded.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-3, rtol=1e-3)
+    assert {"processor_config.json", "processing_dpvr.py"} <= {path.name for path in (tmp_path / "merged").iterdir()}
+    assert main([str(tmp_path / "merged"), str(tmp_path / "adapter"), str(tmp_path / "again")]) == 0
+    assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert main([str(tiny), str(tmp_path / "absent"), str(tmp_path / "none")]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged", "again"}

@@ -48,7 +48,7 @@ def run(working: Path, *arguments) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -34,6 +34,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -53,8 +54,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from convert_llava_to_dpvr import build_processor, choose_saturation_layer, is_bare_template, make_dpvr_config
+from convert_llava_to_dpvr import choose_saturation_layer, make_dpvr_config
 from processing_dpvr import DPVRProcessor
+from read_llava import build_processor, is_bare_template
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = "adapter_config.json", "adapter_model.safetensors", "side_branch.safetensors"
@@ -105,6 +107,7 @@ def _with_side_branch(config: PeftConfig) -> PeftConfig:
     if not {"modules_to_save", "exclude_modules"} <= set(config.to_dict()):
         raise AdapterError(f"{type(config).__name__} cannot save the side branch: it takes no modules_to_save.")
     config = copy.deepcopy(config)
+    config.inference_mode = False  # as one that was read from a folder says
     config.modules_to_save = sorted({*(config.modules_to_save or []), "side_branch"})
     excluded = config.exclude_modules or []
     patterns = [excluded] if isinstance(excluded, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded)]
@@ -137,11 +140,18 @@ def add_adapter(
     else:
         raise AdapterError(f'lora={lora!r} is neither None, "fusion" nor a config of PEFT.')
     _check_name_is_free(model, name)
-    if not isinstance(model, PeftModel):
-        return get_peft_model(model, peft_config, adapter_name=name)
-    model.add_adapter(name, peft_config)
+    model = _inject(model, peft_config, name)
     model.set_adapter(name)
     return model
+
+
+def _inject(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # LN tuning asks for a width, and uses it nowhere
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter_name=name)
+        model.add_adapter(name, config)
+        return model
 
 
 def _check_is_dpvr(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -167,19 +177,23 @@ def _check_name_is_free(model: PreTrainedModel | PeftModel, name: str) -> None:
 # ---------------------------------------------------------------------------------------------- what it belongs to
 
 
-def base_state(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """The base model's own weights by the names that they have in a checkpoint, whatever adapters surround them."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+def base_state(
+    model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The base model's own weights by the names that they have in a checkpoint, whatever adapters surround them. They
+    are those of `state_dict`, if one of `model` is given."""
     return {
-        re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): weight
-        for name, weight in base.state_dict().items()
+        re.sub(r"\.(base_layer|original_module)(?=\.)", "", name.removeprefix("base_model.model.")): weight
+        for name, weight in (state_dict or model.state_dict()).items()
         if not re.search(r"\.(ln_tuning_layers|modules_to_save|lora_\w+)\.", name)
     }
 
 
-def sample_base(model: PreTrainedModel | PeftModel) -> dict[str, list[float]]:
+def sample_base(
+    model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, list[float]]:
     """The first values of a few weights of the base model, without those that are quantized or not in memory."""
-    state, sample = base_state(model), {}
+    state, sample = base_state(model, state_dict), {}
     for name in SAMPLED:
         weight = state.get(name)
         weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
@@ -295,7 +309,8 @@ def save_adapter(
         "format": "pt",
         **describe(model.get_base_model().config),
         "base_model": base,
-        "base_sample": json.dumps(sample_base(model)),
+        "base_type": getattr(model.get_base_model(), "base_type", "dpvr"),
+        "base_sample": json.dumps(sample_base(model, state_dict)),
     }
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
         save_file(weights, Path(staging, WEIGHTS_FILE), metadata)
@@ -362,16 +377,41 @@ def load_adapter(
     path = adapter_path(adapter, subfolder, **download)
     check_adapter(path, model)
     _check_name_is_free(model, name)
-    if path.name != WEIGHTS_FILE or not (path.parent / CONFIG_FILE).is_file():
-        model = add_adapter(model, name=name)
-        weights = {_tuned(branch_name(key)): weight for key, weight in load_file(path).items()}
-        set_peft_model_state_dict(model, weights, adapter_name=name)
-    elif isinstance(model, PeftModel):
-        model.load_adapter(str(path.parent), adapter_name=name, is_trainable=is_trainable)
+    weights = load_file(path)
+    if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+        config = PeftConfig.from_pretrained(str(path.parent))
     else:
-        model = PeftModel.from_pretrained(model, str(path.parent), adapter_name=name, is_trainable=is_trainable)
+        config = LNTuningConfig(target_modules=BRANCH_LEAVES)
+        weights = {_tuned(branch_name(key)): weight for key, weight in weights.items()}
+    config.inference_mode = not is_trainable
+    was_adapted = isinstance(model, PeftModel)
+    model = _inject(model, config, name)
+    try:
+        _set_weights(model, weights, name, path)
+    except BaseException:
+        model.delete_adapter(name) if was_adapted else model.unload()
+        raise
     model.set_adapter(name, inference_mode=not is_trainable)
-    return model
+    return model if is_trainable else model.eval()
+
+
+def _set_weights(model: PeftModel, weights: dict[str, torch.Tensor], name: str, path: Path) -> None:
+    """Not by `PeftModel.from_pretrained`, which takes a base apart that is partly offloaded to disk, and writes its
+    weights to disk once more."""
+    offloaded = [key for key, weight in model.named_parameters() if weight.is_meta and f".{name}." in key]
+    if offloaded:
+        raise AdapterError(
+            f"{path}: {offloaded[0]} belongs to a layer that is offloaded. Load the base with that layer on a device."
+        )
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:  # shapes, listed by torch
+        raise AdapterError(f"{path} does not fit the model: {error}") from error
+    if result.unexpected_keys:
+        raise AdapterError(f"{path}: the model has no place for {', '.join(sorted(result.unexpected_keys))}.")
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing:
+        raise AdapterError(f"{path} lacks {', '.join(sorted(missing))}.")
 
 
 def _tuned(name: str) -> str:
@@ -428,6 +468,7 @@ def from_llava(
     dpvr_class = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
     config = dpvr_class.config_class(**make_dpvr_config(config, routing, None).to_dict())
     model = dpvr_class.from_pretrained(llava, config=config, **{"dtype": "auto", **kwargs}).eval()
+    model.base_type = "llava"  # of which an adapter's card says how to load it
     return model if path is None else merge_adapter(load_adapter(model, path))
 
 

@@ -166,11 +166,11 @@ def open_image(image, folder: Path) -> Image.Image:
 
 
 def answer_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as the processor's chat template writes it, and where in it the answers stand: each from the end
-    of the prompt to the end of its turn, `</s>` included.
+    """The conversation as the processor's chat template writes it, and where in it the answers stand: each from the
+    end of the prompt to the end of its turn, `</s>` included.
 
     Raises:
-        BadRowError: the template writes a turn another way once others follow it, so that an answer cannot be told apart.
+        BadRowError: the template writes a turn another way once others follow it: its answer cannot be told apart.
     """
 
     def write(turns: list[dict], prompt: bool = False) -> str:
@@ -265,9 +265,9 @@ class BadRows:
 class ConversationDataset(Dataset):
     """Rows of `read_rows`, encoded when they are asked for.
 
-    What is wrong with the text of a row, and which image files do not exist, is found out at once, for all rows; broken
-    images and rows that are too long, when they are loaded: the next good row then stands in for them, so that every
-    epoch has the same number of steps.
+    What is wrong with the text of a row, and which image files do not exist, is found out at once, for all rows;
+    broken images and rows that are too long, when they are loaded: the next good row then stands in for them, so that
+    every epoch has the same number of steps.
 
     Args:
         rows: as from `read_rows`.
@@ -341,8 +341,8 @@ class Collator:
     """Rows of `ConversationDataset` as a batch, padded on the right.
 
     Returns:
-        `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` `(B, T)`, and `pixel_values` `(images, 3, H, W)` if
-        a row has an image.
+        `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` `(B, T)`, and `pixel_values` `(images, 3, H, W)`
+        if a row has an image.
     """
 
     def __init__(self, pad_token_id: int):

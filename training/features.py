@@ -111,8 +111,9 @@ def estimate_row(model: StagedModel, dataset: ConversationDataset, dtype: torch.
     return float(np.mean(sizes))
 
 
-def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int) -> dict:
-    """The index of `folder`; made if there is none.
+def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int, is_told: bool = True) -> dict:
+    """The index of `folder`; made if there is none. Prints what is to be computed and its size, unless `is_told` is
+    False.
 
     Raises:
         CacheError: it was made from something else, or the disk cannot hold what is missing.
@@ -132,7 +133,7 @@ def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int
     missing = [shard for shard in range(num_shards(index)) if not shard_path(folder, shard).exists()]
     needed, free = bytes_per_row * index["rows_per_shard"] * len(missing), shutil.disk_usage(folder).free
     needed = min(needed, bytes_per_row * num_rows)
-    if missing:
+    if missing and is_told:
         print(
             f"Features of {num_rows:,} rows: about {bytes_per_row * num_rows / 1e9:.3g} GB in {num_shards(index)} "
             f"shard(s), of which {len(missing)} ({needed / 1e9:.3g} GB) are still to be computed; "
@@ -213,8 +214,8 @@ def cache_features(
 
     Args:
         model: whose frozen part makes them, on its device; with the dense model's states if its loss is `distill`.
-        dtype: in which they are computed and stored; by default that of the frozen weights. Another one than theirs
-            is computed under autocast.
+        dtype: in which they are computed, under autocast unless it is float32, and stored; by default that of the
+            frozen weights.
         batch_size: rows in one call.
         num_workers: processes that read images.
         rank, world_size: of this process; each makes its share of the shards.
@@ -227,16 +228,16 @@ def cache_features(
         raise ValueError("Features cannot be kept: something before the fusion layers trains, and would change them.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    own = model.core.language_model.norm.weight.dtype
-    dtype = dtype or own
+    dtype = dtype or model.core.language_model.norm.weight.dtype
     expected = fingerprint(model, dataset, dtype)
-    index = open_index(folder, expected, estimate_row(model, dataset, dtype), len(dataset))
+    index = open_index(folder, expected, estimate_row(model, dataset, dtype), len(dataset), rank == 0)
     loaded, collate = _Loaded(dataset), Collator(dataset.processor.tokenizer.pad_token_id)
     shards = [s for s in range(rank, num_shards(index), world_size) if not shard_path(folder, s).exists()]
     spans = [range(s * index["rows_per_shard"], min((s + 1) * index["rows_per_shard"], len(loaded))) for s in shards]
     device = model.core.language_model.norm.weight.device
     was_training = model.training
     model.eval()
+    is_mixed = dtype != torch.float32  # as the Trainer has it, which may hold frozen weights of this dtype too
     with tqdm(total=sum(map(len, spans)), desc="computing features", mininterval=1, disable=rank > 0) as bar:
         for shard, span in zip(shards, spans, strict=True):
             rows = []
@@ -246,7 +247,7 @@ def cache_features(
             for batch, size in loader:
                 if batch is not None:
                     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != own):
+                    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=is_mixed):
                         features = model.compute_features(**batch)
                     rows += [{k: v.cpu() for k, v in row.items()} for row in split_rows(features)]
                 bar.update(size)

@@ -6,9 +6,9 @@ A training step of DPVR in two parts: what is frozen, without a graph, and what 
     frozen     vision tower, projector, embeddings, joint layers, text-only layers      -> `Features`
     trained    side branch, fusion layers, norm, head at the answers' tokens            -> loss
 
-The text-only layers never see the side branch, so with a frozen backbone the first part needs no graph, its results can
-be kept (`training/features.py`), and the dense LLaVA that teaches shares its joint layers: it runs on from the same
-states through layers S..L-1, and no second model is in memory.
+The text-only layers never see the side branch, so with a frozen backbone the first part needs no graph, its results
+can be kept (`training/features.py`), and the dense LLaVA that teaches shares its joint layers: it runs on from the
+same states through layers S..L-1, and no second model is in memory.
 
 Shape letters: B rows, T tokens, N answer tokens of a batch, D hidden size, V vocabulary.
 """
@@ -236,7 +236,7 @@ class StagedModel(nn.Module):
         """Final states `(N, D)`, after the norm, of the tokens that predict the answers. Of the last layer, other
         tokens need their keys and values only."""
         core, decoder = self.core, self.core.language_model
-        call, _, vision = core.plan_call(features.hidden_states, features.is_vision, features.attention_mask, None)
+        call, vision = self.plan_vision(features)
         states = self.code.run_stream(core.side_branch, features.hidden_states, vision)
         *fusion_layers, last = self.layers()[2]
         if fusion_layers or not self.can_skip(last):
@@ -248,6 +248,19 @@ class StagedModel(nn.Module):
         else:
             states = last(states, **arguments)[read]
         return decoder.norm(states)
+
+    def plan_vision(self, features: Features) -> tuple:
+        """The call, and the plan of its vision stream.
+
+        With sharded weights every process must ask for the shards of the side branch, or the others wait for ever: the
+        model runs it without an image too where it trains, and is told so where it is evaluated.
+        """
+        core, was_training = self.core, self.core.training
+        core.training = was_training or self.is_sharded
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.is_sharded):
+            call, _, vision = core.plan_call(features.hidden_states, features.is_vision, features.attention_mask, None)
+        core.training = was_training
+        return call, vision
 
     def can_skip(self, layer: nn.Module) -> bool:
         """Whether the parts of `layer` may be called one by one: not where something else runs its `forward` (weights
@@ -266,7 +279,7 @@ def joint_arguments(decoder: nn.Module, hidden_states: torch.Tensor, call) -> di
 
 
 def pack(belongs: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    """Columns of the tokens where `belongs` `(B, T)` is True, packed to the right, and which of them are no padding."""
+    """Columns of the tokens where `belongs` `(B, T)` is True, packed to the right, and which are no padding."""
     width = int(belongs.sum(-1).amax())
     index = belongs.to(torch.uint8).argsort(dim=-1, stable=True)[:, belongs.shape[1] - width :]
     return index, belongs.gather(1, index)
@@ -354,4 +367,5 @@ def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
         labels=pad("labels", IGNORED),
         teacher_states=torch.cat([row["teacher_states"] for row in rows]) if "teacher_states" in rows[0] else None,
     )
-    return {field.name: getattr(batch, field.name) for field in fields(batch)}
+    named = ((field.name, getattr(batch, field.name)) for field in fields(batch))
+    return {name: tensor for name, tensor in named if tensor is not None}

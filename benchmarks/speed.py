@@ -1,0 +1,424 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+Prefill, decoding, memory and KV cache of dense LLaVA, DPVR, FastV, VTW and PyramidDrop, measured in one run.
+
+All models share one set of random weights of LLaVA-1.5-7B's layer sizes, so that a method costs no memory of its own.
+Runs are interleaved: every repetition measures each method once, after one round that is not counted.
+
+    prefill    the decoder on embeddings of the prompt with the image features in place, logits of the last token
+    tower      vision tower and projector, the same for all; time to the first token is tower + prefill
+    parts      DPVR's layers alone, on inputs made beforehand: joint, text-only, side branch, last
+    routing    what DPVR does beside its layers: plans, packing, masks
+    decode     one token after the other, from the cache that prefill left
+    memory     on a GPU: most memory during prefill beyond what was held before it
+
+Times are medians with the 10th and 90th percentile, and ratios are medians of ratios within a repetition. Beside them
+stands the ratio of decoder FLOPs (`accounting.py`, `baselines.py`), which a machine bound by arithmetic would show.
+On a GPU, times are taken by CUDA events.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from tqdm import tqdm
+from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import accounting, baselines
+from benchmarks.make_random_llava import make_config
+
+CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
+ROUTING = sys.modules[CODE.__module__]
+RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class Method:
+    """A model to measure, and what the formulas say of it.
+
+    Attributes:
+        flops: decoder FLOPs of a prompt, from its vision and text tokens.
+        stages: of a baseline, see `baselines.py`.
+    """
+
+    name: str
+    model: torch.nn.Module
+    flops: Callable[[int, int], int]
+    stages: tuple = ()
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, std: float, seed: int = 0) -> None:
+    """Random weights at the speed of copying: one block of numbers over and over."""
+    block = torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(seed)) * std
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(float("norm" in name and name.endswith("weight")))
+        else:
+            repeats = -(-weight.numel() // len(block))
+            weight.copy_(block.to(weight.dtype).repeat(repeats)[: weight.numel()].view(weight.shape))
+
+
+def build(model_class, config, weights: dict, dtype: torch.dtype, device: torch.device):
+    """A model on `weights`, which it shares; what they lack is made."""
+    with init_empty_weights():
+        model = model_class(config)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    assert not unexpected, unexpected
+    for name in missing:
+        module, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module)
+        shape = getattr(module, leaf).shape
+        setattr(module, leaf, torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+    if missing:
+        fill(model.model.side_branch, config.text_config.initializer_range, seed=1)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def make_methods(args, device: torch.device) -> list[Method]:
+    dtype = DTYPES[args.dtype]
+    config = make_config(args.layers, args.hidden_size)
+    fields = config.to_dict()
+    fields.pop("model_type")
+    num_layers = args.layers
+    layer = max(1, 18 * num_layers // 32) if args.saturation_layer is None else args.saturation_layer
+    routed = CODE.config_class(**fields, saturation_layer=layer)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            dense = LlavaForConditionalGeneration(LlavaConfig(**fields)).eval().requires_grad_(False)
+        fill(dense, config.text_config.initializer_range)
+        weights = dense.state_dict()
+        methods = [
+            Method("LLaVA", dense, lambda v, t: accounting.prefill_flops(config, v, t).decoder),
+            Method(
+                f"DPVR (S={layer})",
+                build(CODE, routed, weights, dtype, device),
+                lambda v, t: accounting.prefill_flops(routed, v, t).decoder,
+            ),
+        ]
+        pruned = build(baselines.PrunedLlava, LlavaConfig(**fields), weights, dtype, device)
+    finally:
+        torch.set_default_dtype(default)
+    quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
+    for name, stages in {
+        "FastV (K=2, R=0.5)": baselines.fastv(2, 0.5),
+        f"VTW (K={num_layers // 2})": baselines.vtw(num_layers // 2),
+        f"PyramidDrop ({', '.join(map(str, quarters))}; 0.5)": baselines.pyramid_drop(quarters, 0.5),
+    }.items():
+        methods.append(
+            Method(
+                name,
+                pruned,
+                lambda v, t, s=stages: baselines.prefill_flops(config, s, v, t).decoder,
+                stages,
+            )
+        )
+    return methods
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+class Meter:
+    """Time and memory of a call on one device."""
+
+    def __init__(self, device: torch.device):
+        self.is_cuda = device.type == "cuda"
+
+    def time(self, function: Callable) -> tuple[float, object]:
+        """Seconds that a call takes, and its result."""
+        if not self.is_cuda:
+            start = time.perf_counter()
+            result = function()
+            return time.perf_counter() - start, result
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3, result
+
+    def peak(self, function: Callable) -> tuple[int | None, object]:
+        """Most bytes of a GPU's memory that a call took beyond those before it, and its result."""
+        if not self.is_cuda:
+            return None, function()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        return torch.cuda.max_memory_allocated() - before, result
+
+
+def make_prompt(config, num_vision: int, num_text: int, batch: int, device: torch.device) -> dict:
+    """Token ids with the image after the first text token, as LLaVA's prompts have it."""
+    ids = torch.full((batch, num_vision + num_text), 100, device=device)
+    ids[:, 1 : 1 + num_vision] = config.image_token_id
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def stored_bytes(cache, num_layers: int) -> int:
+    layers = [layer for layer in cache.layers[:num_layers] if layer.is_initialized]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+def prefill(method: Method, prompt: dict, features) -> object:
+    """The prompt in one call, as `generate` makes it."""
+    if method.stages:
+        method.model.stages = method.stages
+    cache = DynamicCache(config=method.model.config.text_config)
+    cache.expects_images = False
+    return method.model(
+        **prompt, **{ROUTING.CACHE: cache}, mm_encoder_outputs={"image": features}, logits_to_keep=1, use_cache=True
+    )
+
+
+def decode(method: Method, prompt: dict, outputs, num_tokens: int, meter: Meter) -> list[float]:
+    """Seconds of each of `num_tokens` greedy steps."""
+    cache, mask, seconds = outputs[ROUTING.CACHE], prompt["attention_mask"], []
+    token = outputs.logits[:, -1:].argmax(-1)
+    for _ in range(num_tokens):
+        mask = torch.cat([mask, mask[:, :1]], 1)
+        step = {"input_ids": token, "attention_mask": mask, ROUTING.CACHE: cache}
+        taken, outputs = meter.time(lambda step=step: method.model(**step, logits_to_keep=1))
+        token = outputs.logits[:, -1:].argmax(-1)
+        seconds.append(taken)
+    return seconds
+
+
+class Parts:
+    """DPVR's parts on inputs made beforehand, each to be timed alone."""
+
+    def __init__(self, model, prompt: dict, features):
+        self.model, base = model, model.model
+        self.decoder, config = base.language_model, model.config
+        embeds = base.get_input_embeddings()(prompt["input_ids"])
+        self.is_vision = prompt["input_ids"] == config.image_token_id
+        flat = torch.cat(list(features.pooler_output))
+        self.states = ROUTING.insert_image_features(embeds, self.is_vision, flat)
+        self.mask = prompt["attention_mask"]
+        self.joint, self.text_only, self.fusion = ROUTING.split_layers(self.decoder, config)
+        self.call, self.text, self.vision, self.joint_mask = self.plan()
+        self.text_states = self.text.stream.take(self.states)
+        self.vision_states = self.vision.stream.take(self.states)
+
+    def plan(self):
+        return self.model.model.plan_call(self.states, self.is_vision, self.mask, None)
+
+    def routing(self):
+        """Plans, masks and the way of the states into the streams and back."""
+        _, text, vision, _ = self.plan()
+        for plan in (text, vision):
+            plan.stream.put(self.states, plan.stream.take(self.states))
+
+    def run_joint(self):
+        arguments = ROUTING.joint_arguments(self.call, self.joint_mask)
+        return ROUTING.run_layers(self.joint, self.states, arguments)
+
+    def run_text_only(self):
+        return ROUTING.run_layers(self.text_only, self.text_states, ROUTING.stream_arguments(self.text))
+
+    def run_side_branch(self):
+        return self.model.model.side_branch(self.vision_states, self.vision)
+
+    def run_last(self):
+        states = ROUTING.read_last(self.decoder, self.fusion[-1], self.states, self.call, 1)
+        return self.model.lm_head(self.decoder.norm(states))
+
+    @property
+    def functions(self) -> dict[str, Callable]:
+        return {
+            "joint": self.run_joint,
+            "text-only": self.run_text_only,
+            "side branch": self.run_side_branch,
+            "last layer and head": self.run_last,
+            "routing": self.routing,
+        }
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and the 10th and 90th percentile."""
+    return {name: float(np.percentile(values, q)) for name, q in (("median", 50), ("p10", 10), ("p90", 90))}
+
+
+@torch.no_grad()
+def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, args, meter: Meter, device) -> dict:
+    """One prompt shape: all methods, interleaved."""
+    dense, routed = methods[0].model, methods[1].model
+    config = dense.config
+    prompt = make_prompt(config, num_vision, num_text, batch, device)
+    num_images = batch * num_vision // accounting.tokens_per_image(config)
+    size = config.vision_config.image_size
+    pixels = torch.zeros(num_images, 3, size, size, dtype=dense.dtype, device=device)
+
+    def encode():
+        return dense.model.get_image_features(pixels, return_dict=True)
+
+    features = encode()
+    parts = Parts(routed, prompt, features)
+    seconds = {method.name: [] for method in methods}
+    steps = {method.name: [] for method in methods}
+    memory, stored, alone, tower = {}, {}, {name: [] for name in parts.functions}, []
+    title = f"{num_vision} + {num_text}, batch {batch}"
+    for repetition in tqdm(range(args.repeats + 1), desc=title, disable=None):
+        is_counted = repetition > 0
+        for method in methods:
+            if not is_counted:
+                memory[method.name], outputs = meter.peak(lambda m=method: prefill(m, prompt, features))
+                num_layers = config.text_config.num_hidden_layers + getattr(method.model.config, "num_side_layers", 0)
+                stored[method.name] = stored_bytes(outputs[ROUTING.CACHE], num_layers)
+                continue
+            taken, outputs = meter.time(lambda m=method: prefill(m, prompt, features))
+            seconds[method.name].append(taken)
+            if repetition == 1 or meter.is_cuda:
+                steps[method.name] += decode(method, prompt, outputs, args.decode_tokens, meter)
+        for name, function in parts.functions.items():
+            taken, _ = meter.time(function)
+            alone[name] += [taken] * is_counted
+        tower += [meter.time(encode)[0]] * is_counted
+    results = {}
+    base = methods[0]
+    for method in methods:
+        ratios = [a / b for a, b in zip(seconds[method.name], seconds[base.name], strict=True)]
+        results[method.name] = {
+            "prefill_seconds": summary(seconds[method.name]),
+            "prefill_ratio": summary(ratios),
+            "flops_ratio": method.flops(num_vision, num_text) / base.flops(num_vision, num_text),
+            "first_token_seconds": summary([a + b for a, b in zip(seconds[method.name], tower, strict=True)]),
+            "decode_step_seconds": summary(steps[method.name]) if args.decode_tokens else None,
+            "decode_ratio": float(np.median(steps[method.name]) / np.median(steps[base.name]))
+            if args.decode_tokens
+            else None,
+            "peak_bytes": memory[method.name],
+            "cache_bytes": stored[method.name],
+            "cache_ratio": stored[method.name] / stored[base.name],
+        }
+    layers = [name for name in alone if name != "routing"]
+    sums = [sum(alone[name][i] for name in layers) for i in range(args.repeats)]
+    own = seconds[methods[1].name]
+    return {
+        "vision_tokens": num_vision,
+        "text_tokens": num_text,
+        "batch": batch,
+        "tower_seconds": summary(tower),
+        "methods": results,
+        "parts_seconds": {name: summary(values) for name, values in alone.items()},
+        "prefill_over_parts": summary([a / b for a, b in zip(own, sums, strict=True)]),
+        "routing_share": summary([a / b for a, b in zip(alone["routing"], own, strict=True)]),
+    }
+
+
+def table(record: dict) -> str:
+    """The results as markdown, one row for each method of each prompt."""
+    lines = [
+        "| prompt | method | prefill, s | ratio | by FLOPs | decode step | KV cache | peak, MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in record["runs"]:
+        prompt = f"{run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']}"
+        for name, result in run["methods"].items():
+            step = result["decode_ratio"]
+            lines.append(
+                f"| {prompt} | {name} | {{median:.3g}} [{{p10:.3g}}, {{p90:.3g}}] ".format(**result["prefill_seconds"])
+                + f"| {result['prefill_ratio']['median']:.3f} | {result['flops_ratio']:.3f} "
+                f"| {'' if step is None else f'{step:.3f}'} | {result['cache_ratio']:.3f} "
+                f"| {'' if result['peak_bytes'] is None else format(result['peak_bytes'] / 2**20, ',.0f')} |"
+            )
+            prompt = ""
+    return "\n".join(lines)
+
+
+def parse_prompt(text: str) -> tuple[int, int]:
+    vision, text_tokens = text.split("+")
+    return int(vision), int(text_tokens)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="examples:\n"
+        "  python benchmarks/speed.py                                      LLaVA-1.5-7B in bfloat16\n"
+        "  python benchmarks/speed.py --layers 8 --dtype float32           where a CPU has no bfloat16\n"
+        "  python benchmarks/speed.py --layers 4 --hidden-size 256 --prompts 576+64 --repeats 2 --output s.json\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=4096, help="default: %(default)s")
+    parser.add_argument("--saturation-layer", type=int, metavar="S", help="default: 18 of 32")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=parse_prompt,
+        nargs="+",
+        default=[(576, 64), (2880, 64)],
+        metavar="V+T",
+        help="vision and text tokens (default: 576+64 2880+64)",
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="default: 1 4")
+    parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("--decode-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    meter = Meter(device)
+    methods = make_methods(args, device)
+    packages = ("torch", "transformers")
+    record = {
+        "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if meter.is_cuda else f"CPU, {args.threads} threads",
+        "layers": args.layers,
+        "hidden_size": args.hidden_size,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "runs": [],
+    }
+    for num_vision, num_text in args.prompts:
+        for batch in args.batch:
+            record["runs"].append(measure(methods, num_vision, num_text, batch, args, meter, device))
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(record, indent=2) + "\n")  # each prompt as soon as it is measured
+    print(table(record))
+    for run in record["runs"]:
+        print(
+            "{vision_tokens} + {text_tokens}, batch {batch}: DPVR's prefill takes ".format(**run)
+            + f"{run['prefill_over_parts']['median']:.3f} of its parts alone, routing "
+            f"{run['routing_share']['median']:.2%} of prefill"
+        )
+    print(f"{args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+Time and memory of a training step: the side branch of DPVR against LoRA on LLaVA, at LLaVA-1.5-7B's layer sizes.
+
+    lora        dense LLaVA, LoRA of rank 128 on all linear layers of the decoder (LLaVA's own recipe for tuning)
+    answer      DPVR's side branch, next-token loss
+    distill     the same, learning from the dense model, which runs in the same step
+    cached-...  the two from cached features (`training/features.py`), read from disk: every epoch after the first
+
+Weights are random, frozen ones in `--dtype`, trained ones in fp32 under autocast, AdamW. A step is forward, backward,
+clipping and update; reading and decoding of pictures is not in it. Every measurement is a process of its own, and the
+kinds take turns, `--rounds` times. Memory is the peak less the frozen weights (on a CPU: and less what Python and its
+libraries take): trained weights, gradients, optimizer and activations.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import LlavaForConditionalGeneration
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.accounting import dense_config
+from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
+from training.staged import IGNORED, StagedModel, collate_rows, split_rows
+
+RESULTS = ROOT / "benchmarks" / "results" / "training.json"
+KINDS = ("lora", "answer", "distill", "cached-answer", "cached-distill")
+AIMS = {"time": 0.4, "memory": 0.6, "cache": 10}
+LORA = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05}  # scripts/v1_5/finetune_task_lora.sh of LLaVA
+
+
+def make_config(args):
+    """LLaVA-1.5-7B's geometry at another depth, with as many vision tokens as asked for."""
+    config_class = get_class_from_dynamic_module("configuration_dpvr.DPVRConfig", str(ROOT))
+    side = math.isqrt(args.vision_tokens)
+    if side * side != args.vision_tokens:
+        raise SystemExit(f"--tokens: {args.vision_tokens} vision tokens are no square of patches; 576 are 24 x 24.")
+    layers = args.layers
+    text_only = (layers - 1 - 18 * layers // 32) if args.text_only is None else args.text_only
+    text = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 32064}
+    text |= {"hidden_size": args.hidden_size, "intermediate_size": args.hidden_size * 11008 // 4096}
+    text |= {"num_attention_heads": args.hidden_size // 128, "num_key_value_heads": args.hidden_size // 128}
+    config = config_class(
+        text_config=text, saturation_layer=layers - 1 - text_only, image_seq_length=args.vision_tokens
+    )
+    config.vision_config.image_size = 14 * side
+    return config
+
+
+def build(kind: str, args) -> torch.nn.Module:
+    """The model with random weights, ready to be trained."""
+    config = make_config(args)
+    dpvr_class = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
+    dtype = getattr(torch, args.dtype)
+    torch.set_default_dtype(dtype)
+    with no_init_weights(), torch.device(args.device):
+        model = (
+            LlavaForConditionalGeneration(dense_config(config)) if kind == "lora" else dpvr_class(config)
+        ).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    block = (torch.randn(2**20, generator=generator) * 0.02).to(args.device, dtype)
+    for name, weight in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            weight.data.fill_(1)
+        else:
+            flat = weight.data.view(-1)
+            for start in range(0, len(flat), len(block)):
+                flat[start : start + len(block)] = block[: len(flat) - start]
+    if kind == "lora":
+        targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+        model = get_peft_model(model, LoraConfig(target_modules=targets, **LORA))
+    else:
+        model.model.side_branch.requires_grad_(True)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if args.gradient_checkpointing:
+        base = model.get_base_model() if kind == "lora" else model
+        base.activation_checkpointing_enable()
+    return model if kind == "lora" else StagedModel(model, kind.split("-")[-1])
+
+
+def make_batch(config, args) -> dict[str, torch.Tensor]:
+    """One image and a question and answer of equal length in each row."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(10, 31000, (args.batch_size, args.text_tokens), generator=generator)
+    image = torch.full((args.batch_size, args.vision_tokens), config.image_token_id)
+    ids = torch.cat([text[:, :1], image, text[:, 1:]], dim=1)
+    labels = ids.clone()
+    labels[:, : ids.shape[1] - args.text_tokens // 2] = IGNORED
+    size = config.vision_config.image_size
+    return {
+        "input_ids": ids.to(args.device),
+        "attention_mask": torch.ones_like(ids).to(args.device),
+        "labels": labels.to(args.device),
+        "pixel_values": torch.randn(args.batch_size, 3, size, size, generator=generator).to(args.device),
+    }
+
+
+def cached_batches(model: StagedModel, batch: dict, args, folder: Path):
+    """Batches without end of rows that are read from a folder of features."""
+    dtype = getattr(torch, args.dtype)
+    with torch.no_grad():
+        rows = [{k: v.cpu() for k, v in row.items()} for row in split_rows(model.compute_features(**batch))]
+    write_whole(shard_path(folder, 0), _serialized(rows, dtype, model.config.text_config.hidden_size))
+    (folder / INDEX).write_text(json.dumps({"num_rows": len(rows), "rows_per_shard": len(rows)}))
+    features = CachedFeatures(folder)
+    while True:
+        read = collate_rows([features[i] for i in range(len(features))])
+        yield {name: tensor.to(args.device) for name, tensor in read.items()}
+
+
+def _serialized(rows: list, dtype: torch.dtype, hidden_size: int) -> bytes:
+    from safetensors.torch import save
+
+    return save(pack_rows(rows, dtype, hidden_size))
+
+
+def peak_bytes(args) -> int:
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def reset_peak(args) -> None:
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(kind: str, args) -> dict:
+    """Steps of one kind, in this process."""
+    torch.set_num_threads(args.threads)
+    before = 0 if args.device == "cuda" else psutil.Process().memory_info().rss
+    model = build(kind, args).train()
+    frozen = sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    config = model.config
+    batch = make_batch(config, args)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        batches = cached_batches(model, batch, args, Path(folder)) if kind.startswith("cached") else None
+        if batches:
+            next(batches)
+        reset_peak(args)
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        seconds = [step(model, batches, batch, optimizer, trained, args) for _ in range(args.warmup + args.steps)]
+    return {
+        "seconds": seconds[args.warmup :],
+        "bytes_beyond_weights": peak_bytes(args) - before - frozen,
+        "frozen_bytes": frozen,
+        "trained_parameters": sum(weight.numel() for weight in trained),
+    }
+
+
+def step(model, batches, batch: dict, optimizer, trained: list, args) -> float:
+    begin = time.perf_counter()
+    inputs = next(batches) if batches else batch
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        loss = model(**inputs)["loss"]
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    if not math.isfinite(loss.item()):
+        raise RuntimeError(f"the loss is {loss.item()}")
+    return time.perf_counter() - begin
+
+
+def in_child(kind: str, arguments: list[str]) -> dict:
+    result = subprocess.run(
+        [sys.executable, __file__, *arguments, "--child", kind], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if result.returncode:
+        raise SystemExit(f"{kind} ended with status {result.returncode} (-9: killed, most likely out of memory)")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def summarize(runs: dict[str, list[dict]]) -> dict:
+    """Medians of each kind, and what they are to LoRA."""
+    kinds = {}
+    for kind, results in runs.items():
+        kinds[kind] = {
+            "seconds": statistics.median(value for result in results for value in result["seconds"]),
+            "seconds_range": [f(value for result in results for value in result["seconds"]) for f in (min, max)],
+            "bytes_beyond_weights": statistics.median(result["bytes_beyond_weights"] for result in results),
+            "frozen_bytes": results[0]["frozen_bytes"],
+            "trained_parameters": results[0]["trained_parameters"],
+        }
+    ratios = {}
+    for kind in kinds:
+        if "lora" in kinds and kind in ("answer", "distill"):
+            ratios[f"{kind} to lora, time"] = kinds[kind]["seconds"] / kinds["lora"]["seconds"]
+            both = [kinds[name]["bytes_beyond_weights"] for name in (kind, "lora")]
+            ratios[f"{kind} to lora, memory beyond weights"] = both[0] / both[1]
+        whole = kind.removeprefix("cached-")
+        if whole != kind and whole in kinds:
+            ratios[f"{whole}, second epoch: times faster with cached features"] = (
+                kinds[whole]["seconds"] / kinds[kind]["seconds"]
+            )
+    return {"kinds": kinds, "ratios": ratios}
+
+
+def device_name(args) -> str:
+    if args.device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {args.threads} threads"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="examples:\n"
+        "  python benchmarks/training.py --device cuda                 all 32 layers\n"
+        "  python benchmarks/training.py --layers 8 --rounds 3         on a CPU\n"
+        "  python benchmarks/training.py --layers 4 --hidden-size 256 --tokens 36+16 --steps 2 --output out.json\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: %(default)s)")
+    parser.add_argument("--text-only", type=int, help="of these, text-only (default: the paper's share, 13 of 32)")
+    parser.add_argument("--hidden-size", type=int, default=4096, help="a multiple of 128 (default: %(default)s)")
+    parser.add_argument("--tokens", default="576+64", help="vision + text tokens of a row (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="as LLaVA's recipe has it; for all kinds"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="measured in each process (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before these (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--folder", help="for the cached features (default: the system's temporary folder)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    try:
+        args.vision_tokens, args.text_tokens = map(int, args.tokens.split("+"))
+    except ValueError:
+        parser.error(f"--tokens {args.tokens}: give vision and text tokens, such as 576+64")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.child:
+        print(json.dumps(measure(args.child, args)))
+        return
+    runs: dict[str, list[dict]] = {kind: [] for kind in args.kinds}
+    for turn in range(args.rounds):
+        for kind in args.kinds:
+            runs[kind].append(in_child(kind, sys.argv[1:]))
+            shown = runs[kind][-1]
+            print(
+                f"round {turn + 1}/{args.rounds} {kind:15} {statistics.median(shown['seconds']):8.3f} s  "
+                f"{shown['bytes_beyond_weights'] / 1e9:7.3f} GB beyond {shown['frozen_bytes'] / 1e9:.2f} of weights",
+                flush=True,
+            )
+    names = ("layers", "text_only", "hidden_size", "tokens", "batch_size", "dtype", "gradient_checkpointing")
+    config = make_config(args)
+    record = {
+        "settings": {name: getattr(args, name) for name in (*names, "rounds", "steps", "warmup")}
+        | {"saturation_layer": config.saturation_layer, "text_only": config.num_text_only_layers},
+        "device": device_name(args),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **summarize(runs),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    for name, value in record["ratios"].items():
+        aim = AIMS["cache"] if "faster" in name else AIMS["time" if "time" in name else "memory"]
+        print(f"{name}: {value:.3f} (aim: {'at least' if 'faster' in name else 'at most'} {aim})")
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,469 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+LLaVA checkpoints as they are found: two layouts and the names of two versions of transformers, read as one.
+
+The layout of llava-hf has the weight names of transformers 4 or 5; the original one of liuhaotian/llava-v1.5-7b may
+have its CLIP tower in a repository of its own. The original has no `<image>` and `<pad>` tokens: they are added
+behind the vocabulary, which is then padded to a multiple of 64, as for llava-hf. There the new rows were drawn at
+random; here each is the mean of the old rows, so that the same source always gives the same checkpoint.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from jinja2 import TemplateError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
+
+from processing_dpvr import DPVRProcessor
+from read_weights import (
+    ConversionError,
+    MadeTensor,
+    StoredTensor,
+    Weight,
+    check_dtype,
+    read_json,
+    reason,
+    tensors_of_folder,
+)
+
+BACKBONES = ("llama", "mistral", "qwen2")
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+ORIGINAL_BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+NAMES = [  # the first pattern that matches a weight's name says what becomes of it; None drops it
+    (r".*rotary_emb\.inv_freq$|.*embeddings\.position_ids$", None),
+    (r"language_model\.lm_head\.", "lm_head."),
+    (r"(model\.)?language_model\.(model\.)?", "model.language_model."),
+    (r"model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
+    (r"(model\.)?(vision_tower\.){1,2}(vision_model\.)?", "model.vision_tower."),
+    (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
+]
+CLIP_NAMES = [
+    (r"text_model\.|logit_scale$|visual_projection\.|text_projection\.|.*embeddings\.position_ids$", None),
+    (r"(vision_model\.)?", "model.vision_tower."),
+]
+
+
+def resolve_folder(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder `name`, or a local copy of the Hub repository `name`: its configs and, if asked, its weights."""
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    texts = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=texts, ignore_patterns="*/*"))
+        for pattern in ("*.safetensors", "*.bin") if weights else ():
+            snapshot_download(name, revision=revision, allow_patterns=[pattern], ignore_patterns="*/*")
+            if any(folder.glob(pattern)):
+                break
+    except (HFValidationError, OSError) as error:
+        raise ConversionError(
+            f"{name!r} is neither a folder nor a Hub repository that can be read: {reason(error)}"
+        ) from error
+    return folder
+
+
+def rename(key: str, names: list[tuple[str, str | None]]) -> str | None:
+    """The name of weight `key` in transformers 5, or None if no model has it any more."""
+    for pattern, replacement in names:
+        if match := re.match(pattern, key):
+            return None if replacement is None else replacement + key[match.end() :]
+    return key
+
+
+def index_tensors(folder: Path, names: list[tuple[str, str | None]]) -> dict[str, StoredTensor]:
+    """All tensors of a folder by their new names.
+
+    Raises:
+        ConversionError: if two tensors come to the same name, or one has a type that weights have not.
+    """
+    found: dict[str, StoredTensor] = {}
+    for tensor in tensors_of_folder(folder):
+        name = rename(tensor.key, names)
+        if name is None:
+            continue
+        check_dtype(tensor)
+        if name in found:
+            first = found[name]
+            raise ConversionError(
+                f"Duplicate weight {name}: {first.key} in {first.path} and {tensor.key} in {tensor.path}."
+            )
+        found[name] = tensor
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- the two layouts
+
+
+@dataclass
+class Checkpoint:
+    """A LLaVA checkpoint, read as far as its shapes.
+
+    Attributes:
+        name: Hub id or folder, as given.
+        folder: where its files lie.
+        config: its config in the terms of transformers 5, the vocabulary grown if it has to be.
+        fields: config.json as stored.
+        tensors: by their names in transformers 5.
+        processor: image processor, tokenizer and chat template.
+        old_vocab_size: rows of the embeddings in the source.
+    """
+
+    name: str
+    folder: Path
+    config: LlavaConfig
+    fields: dict
+    tensors: dict[str, StoredTensor]
+    processor: DPVRProcessor
+    old_vocab_size: int
+
+
+def _make_config(build: Callable, path: Path, **fields):
+    try:
+        return build(**fields)
+    except Exception as error:  # fields of any type, checked by many hands
+        raise ConversionError(f"{path} is not a config that transformers can read: {reason(error)}") from error
+
+
+def _from_pretrained(auto_class, name: str | Path, what: str, **options):
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # as above
+        raise ConversionError(f"{what} cannot be loaded from {name}: {reason(error)}") from error
+
+
+def is_bare_template(processor) -> bool:
+    """Whether a processor's chat template is the one that llava-hf published with LLaVA-1.5: the right turns, but
+    without the system sentence that the model was trained with. Templates of other models are their own."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    except (ValueError, TypeError, TemplateError):
+        return processor.chat_template is None
+    return prompt == "USER: <image>\n? ASSISTANT:"
+
+
+def read_llava_hf(name: str, folder: Path, fields: dict, tokenizer: str | None) -> Checkpoint:
+    """A checkpoint in the layout of llava-hf, with the weight names of transformers 4 or 5."""
+    path = folder / "config.json"
+    config = _make_config(LlavaConfig, path, **{k: v for k, v in fields.items() if k != "model_type"})
+    check_backbone(config, path)
+    check_geometry(config, path, "image_seq_length" in fields)
+    processor = _from_pretrained(AutoProcessor, folder, "The processor")
+    if tokenizer:
+        processor.tokenizer = _from_pretrained(AutoTokenizer, tokenizer, "The tokenizer")
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ConversionError(
+            f"{folder} has a {type(processor).__name__}, not a processor of images and text, such as LlavaProcessor."
+        )
+    check_vocabulary(processor.tokenizer, config, path)
+    check_image_size(processor.image_processor, config, folder)
+    do_pad = processor.image_processor.to_dict().get("do_pad")  # CLIP's does not say; LLaVA pads
+    template = None if is_bare_template(processor) else processor.chat_template
+    processor = build_processor(config, processor.image_processor, processor.tokenizer, do_pad is not False, template)
+    tensors = index_tensors(folder, NAMES)
+    return Checkpoint(name, folder, config, fields, tensors, processor, config.text_config.vocab_size)
+
+
+def check_backbone(config: LlavaConfig, path: Path) -> None:
+    """Refuses decoders that DPVR does not route, and dimensions that no model has."""
+    if (backbone := config.text_config.model_type) not in BACKBONES:
+        raise ConversionError(f"{path}: the backbone is {backbone!r}, none of {', '.join(BACKBONES)}.")
+    for part in ("text_config", "vision_config"):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            value = getattr(getattr(config, part), name, None)
+            if type(value) is not int or not 1 <= value < 2**24:
+                raise ConversionError(f"{path}: {part}.{name} is {value!r:.80}, not a number from 1 to {2**24 - 1}.")
+
+
+def check_geometry(config: LlavaConfig, path: Path, is_stated: bool) -> None:
+    """Refuses a vision tower that gives other than `image_seq_length` tokens, or has no `vision_feature_layer`.
+
+    A config that states no `image_seq_length`, as old ones do not, gets what the tower gives.
+    """
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if not all(type(value) is int and 0 < value < 2**16 for value in (size, patch)):
+        raise ConversionError(f"{path}: vision_config has image_size {size!r:.80} and patch_size {patch!r:.80}.")
+    has_class_token = vision.model_type == "clip_vision_model"
+    num_tokens = (size // patch) ** 2 + has_class_token - (strategy == "default")
+    if not is_stated:
+        config.image_seq_length = num_tokens
+    if config.image_seq_length != num_tokens:
+        raise ConversionError(
+            f"{path}: image_seq_length is {config.image_seq_length}, but images of {size} in patches of {patch} give "
+            f"{num_tokens} tokens (vision_feature_select_strategy {strategy!r})."
+        )
+    layers = config.vision_feature_layer
+    for layer in layers if isinstance(layers, list | tuple) else [layers]:
+        if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
+            raise ConversionError(
+                f"{path}: vision_feature_layer is {layer}, but the vision tower has {vision.num_hidden_layers} layers."
+            )
+
+
+def check_vocabulary(tokenizer, config: LlavaConfig, path: Path) -> None:
+    """Refuses a tokenizer whose ids, that of `<image>` above all, are not those of the embeddings."""
+    vocabulary, vocab_size, image_id = tokenizer.get_vocab(), config.text_config.vocab_size, config.image_token_id
+    found = vocabulary.get("<image>")
+    if found is None:
+        raise ConversionError(
+            f"The tokenizer of {path.parent} has no <image> among its {len(vocabulary)} tokens, but {path} has it at "
+            f"{image_id}."
+        )
+    if found != image_id:
+        raise ConversionError(f"The tokenizer has <image> at {found}, but {path} has it at {image_id}.")
+    token, last = max(vocabulary.items(), key=lambda item: item[1])
+    if last >= vocab_size:
+        raise ConversionError(f"The tokenizer has {token!r} at {last}, but {path} has a vocabulary of {vocab_size}.")
+
+
+def check_image_size(image_processor, config: LlavaConfig, folder: Path) -> None:
+    """Refuses an image processor that makes images of another size than the vision tower takes."""
+    fields, size = image_processor.to_dict(), config.vision_config.image_size
+    made = fields.get("crop_size") if fields.get("do_center_crop", True) else fields.get("size")
+    sides = {value for value in made.values() if value is not None} if isinstance(made, dict) else {made} - {None}
+    if sides - {size}:
+        raise ConversionError(
+            f"The image processor of {folder} makes images of {made}, but vision_config.image_size is {size}."
+        )
+
+
+def check_original(fields: dict, path: Path) -> None:
+    """Refuses what LLaVA 1.5 does not have and `LlavaConfig` cannot say."""
+    only = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_patch_merge_type": (None, "flat"),
+        "mm_use_im_start_end": (None, False),
+        "image_aspect_ratio": (None, "pad", "square"),
+        "mm_vision_select_feature": (None, "patch", "cls_patch"),
+    }
+    for key, values in only.items():
+        if fields.get(key) not in values:
+            raise ConversionError(f"{path}: {key} is {fields.get(key)!r}; only {values[-1]!r} is supported.")
+
+
+def read_original(
+    name: str, folder: Path, fields: dict, tokenizer: str | None, vision_tower: str | None
+) -> Checkpoint:
+    """A checkpoint in the layout of liuhaotian/llava-v1.5-7b, with its CLIP tower inside or apart."""
+    path = folder / "config.json"
+    check_original(fields, path)
+    tensors, tower = read_original_tensors(folder, vision_tower, fields["mm_vision_tower"])
+    text_config = original_text_config(fields, path)
+    old_vocab_size = text_config.vocab_size
+    tokens = _from_pretrained(AutoTokenizer, tokenizer or folder, "The tokenizer", config=text_config)
+    add_special_tokens(tokens, text_config)
+    tokens.model_max_length = fields.get("tokenizer_model_max_length", tokens.model_max_length)
+    vision_config = _from_pretrained(AutoConfig, tower, "The config of the vision tower")
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    config = _make_config(
+        LlavaConfig,
+        path,
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokens.pad_token_id,
+        vision_feature_layer=fields.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if fields.get("mm_vision_select_feature") == "cls_patch" else "default",
+        tie_word_embeddings=text_config.tie_word_embeddings,
+    )
+    check_backbone(config, path)
+    check_geometry(config, path, is_stated=False)
+    check_vocabulary(tokens, config, path)
+    images = _from_pretrained(AutoImageProcessor, tower, "The image processor")
+    check_image_size(images, config, tower)
+    processor = build_processor(config, images, tokens, do_pad=fields.get("image_aspect_ratio") == "pad")
+    return Checkpoint(name, folder, config, fields, tensors, processor, old_vocab_size)
+
+
+def read_original_tensors(folder: Path, given: str | None, stated: str) -> tuple[dict[str, StoredTensor], Path]:
+    """Tensors of an original checkpoint, and the folder of its CLIP tower, whose weights are taken from there unless
+    the checkpoint holds them and no tower is given."""
+    tensors = index_tensors(folder, NAMES)
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.vision_tower.")}
+    if given is None and len(rest) < len(tensors):
+        return tensors, resolve_folder(stated, weights=False)
+    tower = resolve_folder(given or stated)
+    return rest | index_tensors(tower, CLIP_NAMES), tower
+
+
+def original_text_config(fields: dict, path: Path):
+    """The backbone's part of an original config.json, which mixes it with LLaVA's."""
+    config_class = CONFIG_MAPPING[ORIGINAL_BACKBONES[fields["model_type"]]]
+    known = {*config_class().to_dict(), "rope_theta", "rope_scaling"}
+    known -= {"model_type", "architectures", "dtype", "transformers_version"}
+    return _make_config(config_class, path, **{key: value for key, value in fields.items() if key in known})
+
+
+def add_special_tokens(tokenizer, text_config) -> None:
+    """Adds `<image>` and `<pad>` where they lack, and grows `text_config.vocab_size` to hold them, padded to 64."""
+    if "<image>" not in tokenizer.get_vocab():
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
+    if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.unk_token, tokenizer.eos_token):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if len(tokenizer) > text_config.vocab_size:
+        text_config.vocab_size = -(-len(tokenizer) // 64) * 64
+    text_config.pad_token_id = tokenizer.pad_token_id
+
+
+def build_processor(
+    config: LlavaConfig, image_processor, tokenizer, do_pad: bool, chat_template: str | None = None
+) -> DPVRProcessor:
+    """The processor that travels with the checkpoint; without a chat template it takes LLaVA-1.5's. A tokenizer that
+    states no longest prompt gets the backbone's."""
+    longest = config.text_config.max_position_embeddings
+    try:
+        return DPVRProcessor.from_llava(
+            tokenizer,
+            image_processor,
+            patch_size=config.vision_config.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
+            do_pad=do_pad,
+            model_max_length=min(tokenizer.model_max_length, longest),
+            chat_template=chat_template,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConversionError(reason(error)) from error
+
+
+def read_checkpoint(
+    source: str, revision: str | None = None, tokenizer: str | None = None, vision_tower: str | None = None
+) -> Checkpoint:
+    """Reads configs, tokenizer and the names and shapes of all weights of a LLaVA checkpoint, in either layout."""
+    folder = resolve_folder(source, revision)
+    fields = read_json(folder / "config.json")
+    model_type = fields.get("model_type")
+    if fields.get("quantization_config"):
+        raise ConversionError(f"{source} is quantized; convert the checkpoint that it was quantized from.")
+    if "mm_vision_tower" in fields and model_type in ORIGINAL_BACKBONES:
+        return read_original(source, folder, fields, tokenizer, vision_tower)
+    if model_type == "dpvr":
+        raise ConversionError(f"{source} is a DPVR checkpoint already.")
+    if model_type != "llava":
+        raise ConversionError(
+            f"{source} is not a LLaVA-1.5 checkpoint: its config.json says model_type {model_type!r}."
+        )
+    if vision_tower is not None:
+        raise ConversionError(f"--vision-tower is for the original layout; {source} brings its own vision tower.")
+    return read_llava_hf(source, folder, fields, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+def meta_llava(config: LlavaConfig, path: Path) -> LlavaForConditionalGeneration:
+    """The model of a config, without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return LlavaForConditionalGeneration(config)
+    except Exception as error:  # every field of the config may be wrong in its own way
+        raise ConversionError(f"{path} is no config that transformers can make a model of: {reason(error)}") from error
+
+
+def expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of LLaVA's weights in transformers; a tied head is no weight of its own."""
+    check_depth(checkpoint)
+    state = meta_llava(checkpoint.config, checkpoint.folder / "config.json").state_dict()
+    if checkpoint.config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def check_depth(checkpoint: Checkpoint) -> None:
+    """Refuses a config with more layers than the weights have, before so deep a model is made."""
+    config = checkpoint.config
+    for part, pattern in (("text_config", r"model\.language_model\."), ("vision_config", r"model\.vision_tower\..*")):
+        stated = getattr(config, part).num_hidden_layers
+        found = [re.match(pattern + r"layers\.(\d+)\.", name) for name in checkpoint.tensors]
+        num_layers = len({match[1] for match in found if match})
+        if stated > num_layers:
+            raise ConversionError(
+                f"{checkpoint.folder / 'config.json'}: {part}.num_hidden_layers is {stated}, but the weights have "
+                f"{num_layers} such layers."
+            )
+
+
+def _grow(stored: StoredTensor, num_rows: int) -> torch.Tensor:
+    old = stored.load()
+    mean = old.mean(0, keepdim=True, dtype=torch.float32).to(old.dtype)
+    return torch.cat([old, mean.expand(num_rows - len(old), -1)])
+
+
+def check_tied_head(checkpoint: Checkpoint) -> None:
+    head, embeddings = checkpoint.tensors.pop(HEAD, None), checkpoint.tensors.get(EMBEDDINGS)
+    if not head or not embeddings:
+        return
+    is_same = (head.shape, head.dtype) == (embeddings.shape, embeddings.dtype)
+    if not is_same or not all(map(torch.equal, head.pieces(), embeddings.pieces())):
+        raise ConversionError(
+            f"The config ties {HEAD} to the embeddings, but {head.key} in {head.path} differs from {embeddings.key} "
+            f"in {embeddings.path}."
+        )
+
+
+def base_weights(checkpoint: Checkpoint) -> list[Weight]:
+    """LLaVA's own weights.
+
+    Raises:
+        ConversionError: naming key, file and shapes, if one is missing, not LLaVA's, or of another shape.
+    """
+    expected, stored = expected_shapes(checkpoint), checkpoint.tensors
+    if checkpoint.config.tie_word_embeddings:
+        check_tied_head(checkpoint)
+    if any(name.startswith("model.vision_tower.vision_model.") for name in expected):  # towers other than CLIP's
+        add = {n: n.replace("vision_tower.", "vision_tower.vision_model.", 1) for n in stored if n not in expected}
+        stored = {add[n] if add.get(n) in expected else n: tensor for n, tensor in stored.items()}
+    weights = []
+    for name, shape in expected.items():
+        if name not in stored:
+            raise ConversionError(
+                f"Missing weight {name} of shape {shape}: no weight file of {checkpoint.name} has it."
+            )
+        tensor, source_shape = stored[name], shape
+        weight = Weight(name, shape, tensor)
+        if name in (EMBEDDINGS, HEAD) and shape[0] != checkpoint.old_vocab_size:
+            source_shape = (checkpoint.old_vocab_size, *shape[1:])
+            origin = f"{weight.origin}, and its mean in rows {source_shape[0]} to {shape[0]}"
+            weight = Weight(name, shape, MadeTensor(origin, partial(_grow, tensor, shape[0])))
+        if tensor.shape != source_shape:
+            raise ConversionError(
+                f"{tensor.key} in {tensor.path} has shape {tensor.shape}, but by the config it has {source_shape}."
+            )
+        weights.append(weight)
+    for name in stored.keys() - expected.keys():
+        raise ConversionError(
+            f"{stored[name].key} in {stored[name].path}, of shape {stored[name].shape}, is no weight of this LLaVA."
+        )
+    return weights
+
+
+def check_names(checkpoint: Checkpoint, weights: list[Weight]) -> None:
+    """Refuses weights whose stored names transformers itself would not take for those of this model."""
+    model = meta_llava(checkpoint.config, checkpoint.folder / "config.json")
+    expected, renamings = model.state_dict(), get_model_conversion_mapping(model)
+    for weight in weights:
+        name, _ = rename_source_key(weight.source.key, renamings, [], model.base_model_prefix, expected)
+        if name != weight.name:
+            raise ConversionError(
+                f"--link: {weight.source.key} in {weight.source.path} is {weight.name} here, but transformers would "
+                f"load it as {name}; convert without --link."
+            )

@@ -1,0 +1,145 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Upload an adapter or a DPVR checkpoint to the Hugging Face Hub, with a model card made from its `training.json`.
+
+All files arrive in one commit: a failed upload changes nothing that is published. Checkpoints of the training, logs
+and lists of bad rows stay where they are.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from training.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
+from training.card import PLOT_FILE, make_card, plot_losses
+
+RUN_FILE, CARD_FILE = "training.json", "README.md"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)
+CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".py", ".jinja", ".model", ".txt")
+
+
+def files_of(folder: Path) -> tuple[list[Path], bool]:
+    """The files of an adapter or a checkpoint, checked to be whole, and whether it is an adapter.
+
+    Raises:
+        AdapterError: it is neither, both, or a file is missing or cannot be read.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} is not a folder.")
+    is_adapter, is_checkpoint = (folder / CONFIG_FILE).is_file(), (folder / "config.json").is_file()
+    if is_adapter == is_checkpoint:
+        raise AdapterError(
+            f"{folder} holds {'both' if is_adapter else 'neither'} {CONFIG_FILE} and config.json: give the folder of "
+            "an adapter or of a checkpoint."
+        )
+    if is_adapter:
+        read_header(folder / WEIGHTS_FILE)
+        return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()], True
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in CHECKPOINT_SUFFIXES]
+    _check_checkpoint(folder)
+    return [path for path in files if not path.name.startswith(".")], False
+
+
+def _check_checkpoint(folder: Path) -> None:
+    config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+    code = {reference.split(".")[0] + ".py" for reference in config.get("auto_map", {}).values()}
+    weights = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    for name in sorted(code | {"processor_config.json"}):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} has no {name}: nobody could load it. Save model and processor there.")
+    for name in sorted(set(weights)):
+        read_header(folder / name)
+
+
+def make_card_files(folder: Path, target: Path, name: str, is_adapter: bool, subfolder: str | None) -> list[Path]:
+    """Model card and loss plot, written to `target`. A card that the folder has is taken as it is."""
+    if (folder / CARD_FILE).is_file():
+        return [path for path in (folder / CARD_FILE, folder / PLOT_FILE) if path.is_file()]
+    run = json.loads((folder / RUN_FILE).read_text()) if (folder / RUN_FILE).is_file() else {}
+    if is_adapter:
+        stated, _ = read_header(folder / WEIGHTS_FILE)
+        known = {"base_model", "base_type", "saturation_layer"} & stated.keys()
+        run = {**{key: stated[key] for key in known}, **run}
+    else:
+        run = {"saturation_layer": json.loads((folder / "config.json").read_text()).get("saturation_layer"), **run}
+    has_plot = plot_losses(run, target / PLOT_FILE)
+    card = make_card(run, name, is_adapter=is_adapter, subfolder=subfolder, has_plot=has_plot)
+    (target / CARD_FILE).write_text(card, encoding="utf-8")
+    return [target / CARD_FILE, *([target / PLOT_FILE] if has_plot else [])]
+
+
+def push_to_hub(
+    folder: str | Path, repo: str, *, subfolder: str | None = None, private: bool = False, token: str | None = None
+) -> str:
+    """Uploads the adapter or the checkpoint in `folder` to `repo`, in one commit. Returns the address of the commit.
+
+    Args:
+        folder: of `save_adapter`, or of a whole checkpoint with its processor.
+        repo: Hub id; the repository is made if it does not exist.
+        subfolder: where in it an adapter goes. At the root of a repository that holds a checkpoint it would send
+            `from_pretrained` to the adapter's base model, so that is refused.
+        private: makes the repository private if it is new.
+        token: by default the one that `hf auth login` keeps.
+
+    Raises:
+        AdapterError: the folder is not whole, or the repository is not for it.
+        HfHubHTTPError: the Hub refuses, or fails; nothing is published then.
+    """
+    folder, api = Path(folder), HfApi(token=token)
+    files, is_adapter = files_of(folder)
+    if subfolder and not is_adapter:
+        raise AdapterError(f"{folder} is a checkpoint, which lies at the root of its repository: give no subfolder.")
+    repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    other = "config.json" if is_adapter else CONFIG_FILE
+    if not subfolder and api.file_exists(repo, other):
+        raise AdapterError(
+            f"{repo} has a {other} at its root: an adapter beside it would send from_pretrained to the adapter's base "
+            "model. Put the adapter into a subfolder, or a repository of its own."
+        )
+    with tempfile.TemporaryDirectory(prefix="dpvr-card-") as target:
+        files += make_card_files(folder, Path(target), repo, is_adapter, subfolder)
+        inside = f"{subfolder.strip('/')}/" if subfolder else ""
+        commit = api.create_commit(
+            repo,
+            [CommitOperationAdd(inside + path.name, path) for path in files],
+            commit_message=f"Upload {'a side-branch adapter' if is_adapter else 'a DPVR checkpoint'}",
+        )
+    return str(commit.commit_url)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="examples:\n"
+        "  python scripts/push_to_hub.py adapter user/charts-adapter          in a repository of its own\n"
+        "  python scripts/push_to_hub.py adapter user/dpvr-7b --subfolder adapters/charts\n"
+        "  python scripts/push_to_hub.py dpvr-7b user/dpvr-7b --private           a whole checkpoint\n"
+        "Log in first with `hf auth login`, or set HF_TOKEN. HF_ENDPOINT names another Hub.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="of an adapter, or of a checkpoint with its processor")
+    parser.add_argument("repo", help="Hub id, such as user/name; made if it does not exist")
+    parser.add_argument("--subfolder", metavar="PATH", help="of the repository, for an adapter")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    options = parser.parse_args(arguments)
+    try:
+        address = push_to_hub(options.folder, options.repo, subfolder=options.subfolder, private=options.private)
+    except Exception as error:  # client, network and file system fail in ways that have no common class
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None
+        print(f"error: {error}{f' {cause}' if cause else ''}", file=sys.stderr)
+        print(f"{options.repo}: the upload is one commit, so no part of it is published", file=sys.stderr)
+        return 1
+    print(f"pushed to {address}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

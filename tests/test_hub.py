@@ -1,0 +1,287 @@
+"""Adapters and checkpoints on a Hub: uploaded in one commit with their cards, loaded by name into an empty cache."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import ROOT
+from hub_server import TOKEN, Hub
+
+from convert_llava_to_dpvr import convert
+from training.adapters import add_adapter, from_llava, save_adapter
+from training.card import make_card, plot_losses
+
+RUN = {
+    "base_model": "org/dpvr",
+    "data": "digits.json",
+    "rows": 1000,
+    "loss": "kl",
+    "saturation_layer": 4,
+    "trainable_parameters": 213248,
+    "parameters": 3089152,
+    "hyperparameters": {"learning_rate": 0.001, "steps": 400},
+    "loss_curve": [[10, 0.5], [20, 0.25], [30, 0.125]],
+    "training_seconds": 1234,
+    "held_out": {
+        "dense": {"look": {"questions": 500, "accuracy": 0.996, "wilson_95": [0.9855, 0.9989]}},
+        "trained": {"look": {"questions": 500, "accuracy": 0.99, "wilson_95": [0.9768, 0.9957]}},
+    },
+}
+
+
+def environment(home, hub):
+    """That of a process that knows nothing but the Hub's address and a token."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    return {**inherited, **variables, "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+
+
+def run(arguments, home, hub, **variables):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=home,
+        env={**environment(home, hub), **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The embedded LLaVA and its DPVR, and an adapter for both with the leavings of its training."""
+    path = tmp_path_factory.mktemp("folders")
+    convert(ROOT / "examples" / "tiny-llava", path / "dpvr", adapter=ROOT / "examples" / "dpvr-tiny-adapter")
+    (path / "dpvr" / "README.md").unlink()
+    model = add_adapter(from_llava(ROOT / "examples" / "tiny-llava", saturation_layer=4, dtype=torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.normal_(0, 0.1, generator=generator)
+    save_adapter(model, path / "adapter", "org/dpvr")
+    (path / "adapter" / "training.json").write_text(json.dumps(RUN))
+    (path / "adapter" / "bad_rows.jsonl").write_text("private")
+    (path / "adapter" / "checkpoint-10").mkdir()
+    return path
+
+
+PUSH_ALL = """
+import os
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import huggingface_hub.utils._http as http
+
+http.time.sleep = lambda seconds: None  # between the client's tries
+from scripts.push_to_hub import main
+
+def push(label, *arguments):
+    print(f"== {label}", file=sys.stderr, flush=True)
+    print(f"== {label}")
+    print(main(list(arguments)), flush=True)
+
+dpvr, adapter = f"{sys.argv[2]}/dpvr", f"{sys.argv[2]}/adapter"
+push("checkpoint", dpvr, "org/dpvr")
+push("adapter", adapter, "org/adapter")
+push("adapter beside a checkpoint", adapter, "org/dpvr")
+push("adapter in a subfolder", adapter, "org/dpvr", "--subfolder", "adapters/a")
+push("failing upload", adapter, "org/failing-upload")
+push("failing commit", adapter, "org/failing-commit")
+os.environ["HF_TOKEN"] = "hf_wrong"
+push("wrong token", adapter, "org/wrong-token")
+"""
+
+
+def sections(text):
+    """What a push said, by its label."""
+    return {part.split("\n")[0]: part.split("\n", 1)[1] for part in text.split("== ")[1:]}
+
+
+@pytest.fixture(scope="module")
+def pushed(folders, tmp_path_factory):
+    """A Hub after a number of pushes in one process, what they printed and their errors, by label."""
+    with Hub() as hub:
+        llava = (ROOT / "examples" / "tiny-llava").iterdir()
+        hub.commits["org/llava"] = []
+        hub.add("org/llava", {path.name: path.read_bytes() for path in llava})
+        hub.failures = {r"PUT /org/failing-upload/lfs/": 500, r"POST .*/org/failing-commit/commit/": 500}
+        result = run(["-c", PUSH_ALL, ROOT, folders], tmp_path_factory.mktemp("pusher"), hub)
+        assert result.returncode == 0, result.stderr[-3000:]
+        yield hub, sections(result.stdout), sections(result.stderr)
+
+
+def test_a_checkpoint_and_an_adapter_are_pushed_whole_each_in_one_commit(folders, pushed):
+    hub, said, _ = pushed
+    for label in ("checkpoint", "adapter"):
+        assert f"pushed to {hub.url}/org/" in said[label]
+        assert said[label].endswith("\n0\n")
+    expected = {path.name: path.read_bytes() for path in (folders / "dpvr").iterdir()}
+    _, first, _ = (files for _, files in hub.commits["org/dpvr"])
+    assert expected.items() <= first.items()
+    assert first.keys() - expected == {"README.md"}
+    files = hub.files("org/adapter")
+    assert set(files) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+        "README.md",
+        "loss.png",
+    }
+    assert files["adapter_model.safetensors"] == (folders / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert len(hub.commits["org/adapter"]) == 2  # the empty repository, and one more
+    assert {f"adapters/a/{name}" for name in files} <= set(hub.files("org/dpvr"))
+
+
+def test_an_adapter_beside_a_checkpoint_is_refused_at_the_root_and_taken_in_a_subfolder(pushed):
+    hub, said, errors = pushed
+    assert said["adapter beside a checkpoint"] == "1\n"
+    assert "org/dpvr has a config.json at its root" in errors["adapter beside a checkpoint"]
+    assert said["adapter in a subfolder"].endswith("\n0\n")
+    assert "adapter_config.json" not in hub.files("org/dpvr")
+
+
+LOAD = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+
+sys.path.insert(0, sys.argv[1])
+from training.adapters import from_llava, load_adapter, merge_adapter, processor_from_llava
+
+def load():
+    return AutoModel.from_pretrained("org/dpvr", trust_remote_code=True, dtype="auto").eval()
+
+def branch(model):
+    return {name: weight for name, weight in model.state_dict().items() if ".side_branch." in name}
+
+processor = AutoProcessor.from_pretrained("org/dpvr", trust_remote_code=True)
+print(type(processor).__name__, type(load()).__name__)
+ours = branch(merge_adapter(load_adapter(load(), "org/adapter")))
+pefts = branch(PeftModel.from_pretrained(load(), "org/adapter").merge_and_unload())
+inside = branch(merge_adapter(load_adapter(load(), "org/dpvr", subfolder="adapters/a")))
+straight = from_llava("org/llava", adapter="org/adapter", dtype=torch.float16).eval()
+assert processor_from_llava("org/llava").chat_template == processor.chat_template
+native = load()
+native.load_adapter("org/adapter")
+natives = {n.replace(".ln_tuning_layers.default", ""): w for n, w in branch(native).items() if "ln_tuning" in n}
+for other in (pefts, inside, natives, branch(straight)):
+    assert all(torch.equal(weight, other[name]) for name, weight in ours.items())
+assert not any(torch.equal(weight, branch(load())[name]) for name, weight in ours.items())
+torch.save(ours, "branch.pt")
+"""
+
+
+def test_they_load_by_name_in_a_fresh_process_with_an_empty_cache(folders, pushed, tmp_path):
+    from safetensors.torch import load_file
+
+    from training.adapters import branch_name
+
+    hub = pushed[0]
+    result = run(["-c", LOAD, ROOT], tmp_path, hub)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "DPVRProcessor DPVRForConditionalGeneration" in result.stdout
+    loaded = torch.load(tmp_path / "branch.pt", weights_only=True)
+    for key, weight in load_file(folders / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(loaded[branch_name(key)], weight.to(torch.float16)), key
+
+
+@pytest.mark.parametrize(
+    ("label", "repo", "word"),
+    [
+        ("failing upload", "org/failing-upload", "Error while uploading '.*' to the Hub.*500"),
+        ("failing commit", "org/failing-commit", "500"),
+        ("wrong token", "org/wrong-token", "401"),
+    ],
+)
+def test_a_failed_upload_says_so_and_publishes_nothing(pushed, label, repo, word):
+    hub, said, errors = pushed
+    assert said[label] == "1\n"
+    assert re.search(rf"^error: .*{word}", errors[label], re.MULTILINE | re.DOTALL)
+    assert f"{repo}: the upload is one commit, so no part of it is published" in errors[label]
+    assert "Traceback" not in errors[label]
+    assert all(not files for _, files in hub.commits.get(repo, []))
+
+
+def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders, tmp_path, capsys):
+    from scripts.push_to_hub import main
+
+    def word(folder):
+        assert main([str(folder), "org/x"]) == 1
+        return capsys.readouterr().err
+
+    assert "neither adapter_config.json and config.json" in word(tmp_path)
+    assert "is not a folder" in word(tmp_path / "absent")
+    for name, message in (
+        ("modeling_dpvr.py", "has no modeling_dpvr.py: nobody could load it"),
+        ("processor_config.json", "has no processor_config.json: nobody could load it"),
+        ("model-00001-of-00002.safetensors", "model-00001-of-00002.safetensors"),
+    ):
+        shutil.copytree(folders / "dpvr", tmp_path / name)
+        (tmp_path / name / name).unlink()
+        assert message in word(tmp_path / name)
+    shutil.copytree(folders / "adapter", tmp_path / "cut")
+    data = (tmp_path / "cut" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(data[:-1])
+    assert "cannot be read" in word(tmp_path / "cut")
+    shutil.copy(folders / "dpvr" / "config.json", tmp_path / "cut")
+    assert "both adapter_config.json and config.json" in word(tmp_path / "cut")
+
+
+# ---------------------------------------------------------------------------------------------- cards
+
+
+def test_a_card_states_base_data_hyperparameters_plot_accuracy_and_how_to_load():
+    from huggingface_hub import ModelCard
+
+    text = make_card(RUN, "org/adapter", has_plot=True)
+    data = ModelCard(text).data
+    assert (data.base_model, data.library_name, data.pipeline_tag) == ("org/dpvr", "peft", "image-text-to-text")
+    for part in (
+        'PeftModel.from_pretrained(base, "org/adapter")',
+        "| data | digits.json |",
+        "| learning rate | 0.001 |",
+        "| trained parameters | 213,248 of 3,089,152 (6.90%) |",
+        "![Loss by step](loss.png)",
+        "| look | 500 | 99.6% [98.6%, 99.9%] | 99.0% [97.7%, 99.6%] |",
+    ):
+        assert part in text, part
+    for code in text.split("```python")[1:]:
+        compile(textwrap.dedent(code.split("```")[0]), "card", "exec")
+
+
+def test_a_card_claims_nothing_that_the_run_does_not_state():
+    text = make_card({})
+    assert "Accuracy was not measured" in text
+    assert "loss.png" not in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"subfolder": "adapters/a"}, 'PeftModel.from_pretrained(base, "org/x", subfolder="adapters/a")'),
+        ({"is_adapter": False}, 'AutoModel.from_pretrained("org/x", trust_remote_code=True, dtype="auto")'),
+    ],
+)
+def test_a_card_loads_what_it_belongs_to(options, line):
+    assert line in make_card(RUN, "org/x", **options)
+
+
+def test_a_card_of_an_adapter_on_llava_loads_it_there():
+    run = {**RUN, "base_type": "llava", "base_model": "llava-hf/llava-1.5-7b-hf"}
+    assert 'from_llava("llava-hf/llava-1.5-7b-hf", adapter="org/x")' in make_card(run, "org/x")
+
+
+def test_a_run_without_losses_gets_no_plot(tmp_path):
+    assert not plot_losses({}, tmp_path / "loss.png")
+    assert plot_losses(RUN, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 1

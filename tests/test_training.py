@@ -1,0 +1,605 @@
+"""A training step in two parts, the data, the cache of features, and the command that trains."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from PIL import Image
+from tiny import make_llava
+from tiny_training import gradients, shared_model, staged, training_batch
+from transformers import AutoModel, AutoProcessor
+
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+
+import digits as task
+import train_side_branch
+from train_tiny_llava import answer_mask, conversation, generate_answers
+
+from benchmarks import side_branch_seeds
+from convert_llava_to_dpvr import convert
+from training import features as feature_cache
+from training.adapters import load_adapter
+from training.data import BadRowError, BadRows, Collator, ConversationDataset, encode, read_conversation, read_rows
+from training.staged import IGNORED, StagedModel, collate_rows, predicts, split_rows
+from training.trainer import TRAINED_WEIGHTS, last_checkpoint
+
+
+def assert_same(actual, expected, tolerance=1e-6):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=tolerance, rtol=1e-4, msg=name)
+
+
+# --- the two parts of a step
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("num_fusion_layers", [1, 2])
+def test_the_parts_of_a_step_give_the_logits_of_the_model_and_of_llava(attention, num_fusion_layers):
+    model = staged(num_fusion_layers=num_fusion_layers, attn_implementation=attention)
+    batch = training_batch()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    llava = make_llava()
+    llava.load_state_dict(model.base.state_dict(), strict=False)
+    with torch.no_grad():
+        features = model.compute_features(**batch)
+        student = model.base.lm_head(model.answer_states(features))
+        teacher = model.base.lm_head(features.teacher_states)
+        read = predicts(batch["labels"])
+        torch.testing.assert_close(student, model.base.eval()(**inputs).logits[read], atol=1e-4, rtol=0)
+        inputs.pop("mm_token_type_ids")
+        torch.testing.assert_close(teacher, llava(**inputs).logits[read], atol=1e-4, rtol=0)
+    assert (student - teacher).abs().max() > 0.1
+
+
+@given(rows=st.lists(st.text("tI", min_size=0, max_size=5), min_size=1, max_size=4), seed=st.integers(0, 9))
+@settings(max_examples=25)
+def test_any_ragged_batch_gives_the_gradients_of_the_whole_last_layer_and_of_its_cached_rows(rows, seed):
+    """The last layer computes the answers' tokens alone; features cut into rows and padded again change nothing."""
+    model, batch = shared_model(), training_batch([row + "ttt" for row in rows], seed)
+    loss, expected = gradients(model, batch)
+    cached = collate_rows(split_rows(model.compute_features(**batch)))
+    cached_loss, actual = gradients(model, cached)
+    assert cached_loss == pytest.approx(loss, abs=1e-6)
+    assert_same(actual, expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "can_skip", lambda layer: False)
+        assert_same(gradients(model, batch)[1], expected)
+
+
+def test_nothing_before_the_side_branch_has_a_graph():
+    model, batch = staged(), training_batch()
+    assert model.features_frozen
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        features = model.compute_features(**batch)
+    assert features.hidden_states.grad_fn is None
+    assert features.teacher_states.grad_fn is None
+    assert not saved
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        model(**batch)
+    assert saved
+
+
+def test_lora_on_the_fusion_layer_trains_and_the_teacher_stays_llava():
+    model = staged(lora="fusion")
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    batch = training_batch()
+    assert model.features_frozen
+    assert not model.teacher_frozen
+    plain = staged().compute_features(**batch)
+    features = model.compute_features(**batch)
+    torch.testing.assert_close(features.teacher_states, plain.teacher_states)
+    _, grads = gradients(model, batch)
+    assert any("lora" in name for name in grads)
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_lora_in_the_joint_layers_trains_and_its_features_are_not_kept(tmp_path):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules=r".*language_model\.layers\.0\.self_attn\.q_proj", init_lora_weights=False)
+    model = staged(lora=lora)
+    assert not model.features_frozen
+    batch = training_batch()
+    plain = staged().compute_features(**batch)
+    features = model.compute_features(**batch)
+    torch.testing.assert_close(features.teacher_states, plain.teacher_states)
+    assert (features.hidden_states - plain.hidden_states).abs().max() > 1e-3
+    assert all(grad.abs().max() > 0 for grad in gradients(model, batch)[1].values())
+    with pytest.raises(ValueError, match="before the fusion layers trains"):
+        feature_cache.cache_features(tmp_path, model, None)
+
+
+def test_the_answer_loss_is_that_of_the_model_itself():
+    model, batch = staged("answer"), training_batch()
+    expected = model.base(**batch).loss
+    assert model(**batch)["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, batch = staged(), training_batch()
+    _, expected = gradients(model, batch)
+    model.activation_checkpointing_enable()
+    assert_same(gradients(model, batch)[1], expected)
+
+
+def test_parts_of_a_batch_add_up_to_its_gradients():
+    model, batch = staged(), training_batch(("ttIttt", "ttItttttttt"))
+    _, expected = gradients(model, batch)
+    count = (batch["labels"] != IGNORED).sum()
+    rows = split_rows(model.compute_features(**batch))
+    model.zero_grad()
+    for row in rows:
+        model(**collate_rows([row]), num_items_in_batch=count)["loss"].backward()
+    actual = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    assert_same(actual, expected)
+
+
+# --- several processes
+
+PROCESSES = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import conftest, torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tiny_training import staged, training_batch
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+batch = training_batch(("ttItt",) if rank == 0 else ("ttttt",))
+
+
+def shard(model):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for module in list(model.modules()):
+        if type(module).__name__ in ("LlamaDecoderLayer", "CLIPEncoderLayer"):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+for kind, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
+    model = wrap(staged())
+    for _ in range(2):
+        model.zero_grad()
+        (model(**batch, num_items_in_batch={count})["loss"] * 2).backward()
+    with torch.no_grad():
+        model(**batch)
+        model.eval()
+        model(**batch)
+    grads = {{name.removeprefix("module."): w.grad for name, w in model.named_parameters() if w.requires_grad}}
+    grads = {{name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}}
+    torch.save(grads, f"{{sys.argv[1]}}.{{kind}}.{{rank}}")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_of_which_one_has_no_image_train_as_one_process_does(tmp_path):
+    """DDP, and FSDP2 that shards every weight: no process waits for one that has nothing to do."""
+    batches = [training_batch(("ttItt",)), training_batch(("ttttt",))]
+    count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    model = staged()
+    for batch in batches:
+        model(**batch, num_items_in_batch=count)["loss"].backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    (tmp_path / "run.py").write_text(PROCESSES.format(root=str(ROOT), count=count))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launcher, str(tmp_path / "run.py"), str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for kind in ("ddp", "fsdp2"):
+        for rank in range(2):
+            assert_same(torch.load(tmp_path / f"out.{kind}.{rank}"), expected, 1e-5)
+
+
+# --- data
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory):
+    """A DPVR of the embedded LLaVA whose routing costs something, as a folder."""
+    folder = tmp_path_factory.mktemp("embedded") / "dpvr"
+    convert(ROOT / "examples" / "tiny-llava", folder, saturation_layer=3, dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor(embedded):
+    return AutoProcessor.from_pretrained(embedded, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of pictures with `good.json`, rows of LLaVA's format: one, two or no image, several turns."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    rows = []
+    for number in range(10):
+        grid = task.make_grid(rng, "train")
+        grid.image.save(folder / f"{number}.png")
+        turns = [task.ask(rng, grid, kind) for kind in task.KINDS[: 1 + number % 4]]
+        values = [value for turn in turns for value in (turn.text, turn.answer)]
+        row = {"id": f"row {number}"}
+        if number % 5:
+            values[0] = f"<image>\n{values[0]}"
+            row["image"] = f"{number}.png"
+        if number == 3:
+            values[-2] += "\n<image>"
+            row["image"] = ["3.png", "2.png"]
+        roles = ("human", "gpt")
+        row["conversations"] = [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
+        rows.append(row)
+    (folder / "good.json").write_text(json.dumps(rows))
+    return folder
+
+
+def open_data(source, folder, processor, report, max_length=1024):
+    return ConversationDataset(read_rows(source), processor, folder, BadRows(report), max_length)
+
+
+def test_labels_are_the_answers_tokens_that_the_tiny_llava_was_trained_on(processor):
+    rng = np.random.default_rng(0)
+    tokenizer = processor.tokenizer
+    assistant_id = tokenizer.encode(" ASSISTANT", add_special_tokens=False)[0]
+    for turns in range(1, 5):
+        grid = task.make_grid(rng, "train")
+        questions = [task.ask(rng, grid, kind) for kind in task.KINDS[:turns]]
+        row = encode(processor, conversation(questions), [grid.image], 1024)
+        expected = answer_mask(row["input_ids"][None], assistant_id, tokenizer.eos_token_id)[0]
+        assert torch.equal(row["labels"] != IGNORED, expected)
+        text = tokenizer.decode(row["input_ids"][expected])
+        assert text.split("</s>")[:-1] == [f" {question.answer}" for question in questions]
+
+
+def test_labels_follow_the_default_template_of_llava_with_any_number_of_images(processor):
+    from processing_dpvr import CHAT_TEMPLATE
+
+    template, processor.chat_template = processor.chat_template, CHAT_TEMPLATE
+    try:
+        turns = [{"from": "human", "value": "<image>\nthis\n<image>"}, {"from": "gpt", "value": "one two"}]
+        turns += [{"from": "human", "value": "and?"}, {"from": "gpt", "value": "three"}]
+        messages, images = read_conversation({"image": ["a", "b"], "conversations": turns})
+        assert images == ["a", "b"]
+        row = encode(processor, messages, [Image.new("RGB", (48, 48))] * 2, 1024)
+    finally:
+        processor.chat_template = template
+    answers = row["input_ids"][row["labels"] != IGNORED]
+    assert processor.tokenizer.decode(answers) == " one two</s> three</s>"
+    assert row["pixel_values"].shape[0] == 2
+
+
+def bad_row(**changes):
+    row = {
+        "image": "1.png",
+        "conversations": [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "a"}],
+    }
+    return {**row, **changes}
+
+
+BAD = {
+    "missing image": bad_row(image="none.png"),
+    "corrupt image": bad_row(image="broken.png"),
+    "image count": bad_row(image=["1.png", "2.png"]),
+    "image count ": bad_row(conversations=[{"from": "human", "value": "hi"}, {"from": "gpt", "value": "<image>"}]),
+    "empty answer": bad_row(conversations=[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]),
+    "no conversation": bad_row(conversations=[]),
+    "no conversation ": bad_row(conversations=[{"from": "human", "value": "<image>"}]),
+    "no conversation  ": bad_row(conversations=[{"from": "robot", "value": "<image>"}]),
+    "no conversation   ": "not a row",
+    "too long": bad_row(conversations=[{"from": "human", "value": "<image> b"}, {"from": "gpt", "value": "a " * 999}]),
+}
+
+
+def test_bad_rows_are_listed_with_their_reasons_and_good_ones_stand_in(pictures, processor, tmp_path):
+    (pictures / "broken.png").write_bytes((pictures / "1.png").read_bytes()[:200])
+    rows = [*BAD.values(), *json.loads((pictures / "good.json").read_text())]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = open_data(tmp_path / "rows.jsonl", pictures, processor, tmp_path / "bad.jsonl")
+    loaded = [data[index] for index in range(len(data))]
+    for _ in range(2):  # a second epoch reports nothing twice
+        assert [data[index]["input_ids"].tolist() for index in range(len(data))] == [
+            row["input_ids"].tolist() for row in loaded
+        ]
+    assert len(data) == len(rows) - 8  # two were found out only when they were loaded
+    reported = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert {line["row"]: line["reason"] for line in reported} == dict(enumerate(key.strip() for key in BAD))
+    assert len(reported) == len(BAD)
+    assert "10 bad rows (4 no conversation, 2 image count" in data.bad_rows.summary()
+
+
+def test_data_without_a_good_row_is_refused_with_the_reasons(pictures, processor, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([BAD["empty answer"]]))
+    with pytest.raises(ValueError, match=r"None of 1 rows .* 1 bad rows \(1 empty answer\)"):
+        open_data(tmp_path / "rows.json", pictures, processor, tmp_path / "bad.jsonl")
+
+
+def test_a_datasets_folder_gives_the_rows_of_the_json_file(pictures, processor, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = json.loads((pictures / "good.json").read_text())
+    columns = {"images": [], "messages": []}
+    for row in rows:
+        names = row.get("image", [])
+        names = names if isinstance(names, list) else [names]
+        columns["images"].append([{"path": None, "bytes": (pictures / name).read_bytes()} for name in names])
+        messages, _ = read_conversation(row)
+        for message in messages:
+            parts = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
+            message["content"] = parts
+        columns["messages"].append(messages)
+    table = datasets.Dataset.from_dict(columns).cast_column("images", datasets.List(datasets.Image()))
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "rows.parquet")
+    expected = open_data(pictures / "good.json", pictures, processor, tmp_path / "bad.jsonl")
+    for source in ("saved", "rows.parquet"):
+        actual = open_data(tmp_path / source, pictures, processor, tmp_path / "bad.jsonl")
+        assert len(actual) == len(expected)
+        for index in range(len(expected)):
+            assert actual[index].keys() == expected[index].keys()
+            for name, value in expected[index].items():
+                assert torch.equal(actual[index][name], value), (source, index, name)
+
+
+def test_messages_that_place_no_image_begin_with_all():
+    row = {"images": ["a", "b"], "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    messages, _ = read_conversation(row)
+    assert [part["type"] for part in messages[0]["content"]] == ["image", "image", "text"]
+    row["messages"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "x"}]
+    with pytest.raises(BadRowError, match="image count: 1 <image> in the conversation, 2 images"):
+        read_conversation(row)
+
+
+# --- cached features
+
+
+@pytest.fixture
+def cached(embedded, pictures, processor, tmp_path):
+    """A model, its data, and a folder for features in shards of three rows."""
+    model = AutoModel.from_pretrained(embedded, trust_remote_code=True).requires_grad_(False)
+    model.model.side_branch.requires_grad_(True)
+    data = open_data(pictures / "good.json", pictures, processor, tmp_path / "bad.jsonl")
+    model = StagedModel(model)
+    size = feature_cache.estimate_row(model, data, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_cache, "SHARD_BYTES", 3 * size)
+        yield model, data, tmp_path / "features"
+
+
+def test_cached_features_give_the_gradients_of_the_data(cached, processor):
+    model, data, folder = cached
+    features = feature_cache.CachedFeatures(feature_cache.cache_features(folder, model, data, batch_size=4))
+    assert len(features) == len(data) == 10
+    assert len(list(folder.glob("*.safetensors"))) == 4
+    collate = Collator(processor.tokenizer.pad_token_id)
+    for rows in ([0, 3, 7], [9, 1], [5]):
+        loss, expected = gradients(model, collate([data[row] for row in rows]))
+        cached_loss, actual = gradients(model, collate_rows([features[row] for row in rows]))
+        assert cached_loss == pytest.approx(loss, abs=1e-6)
+        assert_same(actual, expected)
+
+
+def test_the_size_that_is_stated_is_that_of_the_files(cached, capsys):
+    model, data, folder = cached
+    feature_cache.cache_features(folder, model, data)
+    stated = float(capsys.readouterr().out.split("about ")[1].split(" GB")[0])
+    written = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
+    assert stated == pytest.approx(written, rel=0.02)
+
+
+def test_features_of_something_else_are_refused_with_both_values(cached):
+    model, data, folder = cached
+    feature_cache.cache_features(folder, model, data)
+    feature_cache.cache_features(folder, model, data)  # nothing to do
+    with pytest.raises(feature_cache.CacheError, match="with dtype 'float32', but this run has 'bfloat16'"):
+        feature_cache.cache_features(folder, model, data, dtype=torch.bfloat16)
+    model.loss = "answer"
+    with pytest.raises(feature_cache.CacheError, match="with teacher True, but this run has False"):
+        feature_cache.cache_features(folder, model, data)
+    model.loss = "distill"
+    data.rows[2]["conversations"][1]["value"] += "!"
+    with pytest.raises(feature_cache.CacheError, match="with data '"):
+        feature_cache.cache_features(folder, model, data)
+    data.rows[2]["conversations"][1]["value"] = data.rows[2]["conversations"][1]["value"][:-1]
+    with torch.no_grad():
+        model.core.side_branch.layers[0].mlp.up_proj.weight.add_(1)  # what trains may differ
+        feature_cache.cache_features(folder, model, data)
+        model.core.language_model.norm.weight.add_(1)
+    with pytest.raises(feature_cache.CacheError, match="with weights '"):
+        feature_cache.cache_features(folder, model, data)
+
+
+def test_a_full_disk_leaves_no_half_shard_and_the_next_run_goes_on(cached, monkeypatch):
+    model, data, folder = cached
+    synced, calls = os.fsync, []
+
+    def full_at_the_third(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:  # index, first shard, second shard
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_third)
+    with pytest.raises(feature_cache.CacheError, match=r"disk of .* is full.*make room and run the same command"):
+        feature_cache.cache_features(folder, model, data)
+    assert sorted(path.name for path in folder.iterdir()) == ["features-00000.safetensors", "index.json"]
+    with pytest.raises(feature_cache.CacheError, match="lacks 3 of 4 shards"):
+        feature_cache.CachedFeatures(folder)
+    first = (folder / "features-00000.safetensors").stat().st_mtime_ns
+    features = feature_cache.CachedFeatures(feature_cache.cache_features(folder, model, data))
+    assert (folder / "features-00000.safetensors").stat().st_mtime_ns == first
+    assert len(features) == 10
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(cached, monkeypatch):
+    model, data, folder = cached
+    usage = type(feature_cache.shutil.disk_usage("/"))(10**6, 10**6, 1000)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(feature_cache.CacheError, match=r"need about .* GB more, but .* has 1e-06 GB free"):
+        feature_cache.cache_features(folder, model, data)
+    assert not list(folder.iterdir())
+
+
+def test_rows_that_turn_out_bad_are_left_out_of_the_features(cached, pictures):
+    model, data, folder = cached
+    (pictures / "broken.png").write_bytes(b"no image")
+    data.rows[1] = bad_row(image="broken.png")
+    features = feature_cache.CachedFeatures(feature_cache.cache_features(folder, model, data))
+    assert len(features) == 9
+    assert data.bad_rows.reasons() == {1: "corrupt image"}
+
+
+# --- the command
+
+
+def train(embedded, pictures, output, *options):
+    arguments = [embedded, "--data", pictures / "good.json", "--output", output, "--use_cpu", "--logging_steps", 1]
+    arguments += ["--per_device_train_batch_size", 2, "--report_to", "none", *options]
+    return list(map(str, arguments))
+
+
+def losses(output):
+    return [loss for _, loss in json.loads((output / "training.json").read_text())["loss_curve"]]
+
+
+def test_training_lowers_the_loss_and_writes_an_adapter_that_loads(embedded, pictures, tmp_path, capsys):
+    output = tmp_path / "adapter"
+    options = ("--max_steps", 12, "--eval-rows", 2, "--eval_steps", 6, "--save_steps", 12)
+    assert train_side_branch.main(train(embedded, pictures, output, *options)) == 0
+    assert "213,248 of 3,089,152 parameters train (6.90%)" in capsys.readouterr().out
+    record = json.loads((output / "training.json").read_text())
+    assert record["rows"] == 8
+    evaluated = [loss for _, loss in record["eval_loss_curve"]]
+    assert evaluated[-1] < evaluated[0]
+    checkpoint = last_checkpoint(output)
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 4 * 4 * 213_248
+    assert (checkpoint / TRAINED_WEIGHTS).stat().st_size < 4.1 * 213_248
+    plain = AutoModel.from_pretrained(embedded, trust_remote_code=True)
+    before = plain.model.side_branch.layers[0].mlp.down_proj.weight.abs().max().item()
+    loaded = load_adapter(plain, output)
+    copies = [w for name, w in loaded.named_parameters() if "ln_tuning_layers" in name and "down_proj" in name]
+    assert before == 0 < copies[0].abs().max()
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "none", "--data", tmp_path / "none.json")) == 1
+
+
+def test_a_killed_run_resumes_with_the_losses_of_one_that_was_not(embedded, pictures, tmp_path):
+    """With batches in random order, over several epochs, from the data and from cached features."""
+    options = ("--num_train_epochs", 3, "--save_steps", 4, "--cache-features", tmp_path / "features")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "scripts" / "train_side_branch.py")]
+    process = subprocess.Popen(
+        [*command, *train(embedded, pictures, killed, *options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 300
+    while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "training.json").exists()
+    with pytest.raises(SystemExit):
+        train_side_branch.main(train(embedded, pictures, killed, *options))
+    assert train_side_branch.main(train(embedded, pictures, killed, *options, "--resume")) == 0
+    assert train_side_branch.main(train(embedded, pictures, whole, *options)) == 0
+    assert len(losses(whole)) == 15
+    assert losses(killed) == pytest.approx(losses(whole), abs=1e-6)
+    uncached = tmp_path / "uncached"
+    assert train_side_branch.main(train(embedded, pictures, uncached, *options[:4])) == 0
+    assert losses(uncached) == pytest.approx(losses(whole), abs=1e-4)
+
+
+def test_accumulated_bf16_steps_with_lora_and_checkpointing_run(embedded, pictures, tmp_path):
+    options = ("--max_steps", 2, "--gradient_accumulation_steps", 2, "--bf16", "--gradient_checkpointing")
+    output = tmp_path / "adapter"
+    assert train_side_branch.main(train(embedded, pictures, output, *options, "--lora", "fusion")) == 0
+    assert json.loads((output / "training.json").read_text())["trains"] == "side branch and LoRA"
+    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_llava_as_it_is_and_any_peft_config_train(pictures, tmp_path):
+    from peft import LoraConfig
+
+    LoraConfig(r=3, target_modules=r".*language_model\.layers\.[67]\.mlp\.up_proj").save_pretrained(tmp_path / "lora")
+    options = ("--saturation-layer", 3, "--peft-config", tmp_path / "lora", "--max_steps", 1)
+    llava, output = ROOT / "examples" / "tiny-llava", tmp_path / "adapter"
+    assert train_side_branch.main(train(llava, pictures, output, *options)) == 0
+    record = json.loads((output / "training.json").read_text())
+    assert (record["base_type"], record["base_model"], record["saturation_layer"]) == ("llava", "tiny-llava", 3)
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 3
+    assert str(tmp_path) not in (output / "training.json").read_text() + (output / "adapter_config.json").read_text()
+
+
+def test_the_trl_example_writes_an_adapter(embedded, tmp_path):
+    pytest.importorskip("trl")
+    program = [sys.executable, str(ROOT / "examples" / "train_with_trl.py"), str(embedded), str(tmp_path / "adapter")]
+    result = subprocess.run(
+        [*program, "--steps", "1", "--rows", "4"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    adapter = load_adapter(AutoModel.from_pretrained(embedded, trust_remote_code=True), tmp_path / "adapter")
+    weights = [w for name, w in adapter.named_parameters() if "ln_tuning_layers" in name and "down_proj" in name]
+    assert weights[0].abs().max() > 0
+
+
+# --- the benchmarks
+
+
+def test_teacher_forced_answers_are_those_of_greedy_generation(embedded, processor):
+    """On which `side_branch_seeds` relies: an answer is right if each of its tokens is, given those before."""
+    model = AutoModel.from_pretrained(embedded, trust_remote_code=True).eval()
+    pairs = task.make_questions(1000, 8, "test")
+    batches = side_branch_seeds.held_out_batches(StagedModel(model), processor, 8)
+    forced = side_branch_seeds.evaluate(StagedModel(model), batches)
+    answers = generate_answers(model, processor, [grid.image for grid, _ in pairs], [each for _, each in pairs])
+    right = [task.is_correct(answer, each.answer) for answer, (_, each) in zip(answers, pairs, strict=True)]
+    assert 0.2 < forced["accuracy"] == pytest.approx(np.mean(right)) < 0.9
+
+
+def test_the_table_of_seeds_has_means_and_intervals():
+    cells = {"3/dense": 0.9, "3/untrained/identity/0": 0.5}
+    cells |= {f"3/distill/identity/{seed}": 0.7 + 0.1 * seed for seed in range(2)}
+    names = (*task.KINDS, "token_accuracy", "kl")
+    record = {"cells": {name: {"accuracy": value, **dict.fromkeys(names, 0.1)} for name, value in cells.items()}}
+    entries = {entry["loss"]: entry for entry in side_branch_seeds.summarize(record)}
+    mean, half = entries["distill"]["accuracy"]
+    assert mean == pytest.approx(0.75)
+    assert half == pytest.approx(12.706 * 0.05, rel=1e-3)  # Student's t with one degree of freedom
+    assert entries["distill"]["recovered"][0] == pytest.approx(0.625)
+    rows = [line.split() for line in side_branch_seeds.table(list(entries.values())).splitlines()]
+    assert ["3", "distill", "identity", "2", "75.0", "±", "63.5"] in [row[:7] for row in rows]
+    assert side_branch_seeds.best(list(entries.values())) == {"loss": "distill", "init": "identity"}
+
+
+def test_the_training_benchmark_runs_and_writes_its_ratios(tmp_path):
+    output = tmp_path / "training.json"
+    options = "--layers 4 --hidden-size 128 --tokens 4+8 --dtype float32 --rounds 1 --steps 1 --warmup 0 --threads 1"
+    options += f" --kinds distill cached-distill --output {output}"
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "training.py"), *options.split()], check=True)
+    record = json.loads(output.read_text())
+    assert record["settings"]["saturation_layer"] == 2
+    assert record["kinds"]["distill"]["trained_parameters"] == record["kinds"]["cached-distill"]["trained_parameters"]
+    assert record["ratios"].keys() == {"distill, second epoch: times faster with cached features"}

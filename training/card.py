@@ -1,0 +1,176 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Model cards of trained side branches, from the `training.json` of the run; what that does not state, they do not."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+PLOT_FILE = "loss.png"
+
+CARD = """\
+---
+{front_matter}
+---
+
+# {title}
+
+{what} of DPVR-LF (dual-path vision routing with late fusion, arXiv 2606.09131) for {base}: vision tokens leave the
+decoder at layer {saturation_layer}, pass the side branch, and meet the text again in the last layers. All other
+weights are those of {base}, frozen.
+
+## How to load
+
+{load}
+## Training
+
+{facts}
+{plot}{results}
+"""
+
+LOAD_ADAPTER = """\
+```python
+from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+
+base = AutoModel.from_pretrained("{base}", trust_remote_code=True, dtype="auto")
+processor = AutoProcessor.from_pretrained("{base}", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{name}"{subfolder})
+```
+
+PEFT does not see whether the base is the right one; `training.adapters.load_adapter` of the DPVR repository does.
+"""
+
+LOAD_ON_LLAVA = """\
+With the code of the DPVR repository, straight on the LLaVA checkpoint, without a conversion:
+
+```python
+from training.adapters import from_llava, processor_from_llava
+
+model = from_llava("{base}", adapter="{name}"{adapter_kwargs})
+processor = processor_from_llava("{base}")
+```
+"""
+
+LOAD_CHECKPOINT = """\
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+```
+"""
+
+
+def make_card(
+    run: dict,
+    name: str = "path/to/this/folder",
+    *,
+    is_adapter: bool = True,
+    subfolder: str | None = None,
+    has_plot: bool = False,
+) -> str:
+    """README.md of an adapter or a checkpoint with its side branch trained.
+
+    Args:
+        run: `training.json` of the run. Used where it has them: `base_model`, `base_type` (`"dpvr"` or `"llava"`),
+            `saturation_layer`, `data`, `rows`, `bad_rows`, `loss`, `trains`, `trainable_parameters`, `parameters`,
+            `hyperparameters`, `training_seconds`, `versions`, `command`, `license`, `loss_curve`, `eval_loss_curve`
+            and `held_out` (`{model: {kind of question: {"questions", "accuracy", "wilson_95"}}}`).
+        name: Hub id, or folder.
+        is_adapter: whether it is an adapter; a whole checkpoint otherwise.
+        subfolder: of the repository, where the adapter lies.
+        has_plot: whether `loss.png` lies beside it.
+    """
+    base = run.get("base_model", "its base model")
+    data = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        license=run.get("license"),
+        base_model=base if "/" in base else None,
+        base_model_relation="adapter" if is_adapter else "finetune",
+        tags=["dpvr", "llava", *([] if is_adapter else ["custom_code"])],
+    )
+    kind = "A trained " + run.get("trains", "side branch")
+    return CARD.format(
+        front_matter=data.to_yaml().strip(),
+        title=name.rstrip("/").split("/")[-1],
+        what=kind if is_adapter else f"{kind}, merged into a whole checkpoint,",
+        base=base,
+        saturation_layer=run.get("saturation_layer", "S"),
+        load=_load(run, base, name, is_adapter, subfolder),
+        facts=_table(["", ""], _facts(run)),
+        plot=f"\n![Loss by step]({PLOT_FILE})\n" if has_plot else "",
+        results=_results(run),
+    )
+
+
+def _load(run: dict, base: str, name: str, is_adapter: bool, subfolder: str | None) -> str:
+    if not is_adapter:
+        return LOAD_CHECKPOINT.format(name=name)
+    if run.get("base_type") == "llava":
+        kwargs = f', adapter_kwargs={{"subfolder": "{subfolder}"}}' if subfolder else ""
+        return LOAD_ON_LLAVA.format(base=base, name=name, adapter_kwargs=kwargs)
+    return LOAD_ADAPTER.format(base=base, name=name, subfolder=f', subfolder="{subfolder}"' if subfolder else "")
+
+
+def _facts(run: dict) -> list[list[str]]:
+    rows = [
+        (key.replace("_", " "), run[key]) for key in ("base_model", "data", "rows", "bad_rows", "loss") if key in run
+    ]
+    if {"trainable_parameters", "parameters"} <= run.keys():
+        trained, total = run["trainable_parameters"], run["parameters"]
+        rows.append(("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"))
+    rows += [(key.replace("_", " "), value) for key, value in run.get("hyperparameters", {}).items()]
+    if run.get("loss_curve"):
+        losses = [loss for _, loss in run["loss_curve"]]
+        rows.append(("loss, first and last logged", f"{losses[0]:.4g}, {losses[-1]:.4g}"))
+    if run.get("eval_loss_curve"):
+        rows.append(("held-out loss, last", f"{run['eval_loss_curve'][-1][1]:.4g}"))
+    if "training_seconds" in run:
+        rows.append(("time", f"{run['training_seconds']:,} s"))
+    rows += [(f"version of {key}", value) for key, value in run.get("versions", {}).items()]
+    if "command" in run:
+        rows.append(("command", f"`{run['command']}`"))
+    return [[key, f"{value:,}" if type(value) is int else str(value)] for key, value in rows]
+
+
+def _results(run: dict) -> str:
+    """Measured accuracy, by model and kind of question."""
+    held_out = run.get("held_out")
+    if not held_out:
+        return "\nAccuracy was not measured in this run.\n"
+    models = list(held_out)
+    rows = []
+    for kind, first in held_out[models[0]].items():
+        cells = [held_out[model][kind] for model in models]
+        rows.append([kind, f"{first['questions']:,}", *(_share(cell) for cell in cells)])
+    table = _table(["question", "number", *models], rows)
+    return f"\n## Measured accuracy\n\nOn questions held out of the training, with 95 % Wilson intervals:\n\n{table}\n"
+
+
+def _share(cell: dict) -> str:
+    low, high = cell["wilson_95"]
+    return f"{cell['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def plot_losses(run: dict, path: Path) -> bool:
+    """Draws the loss curves of a run into `path`, a PNG; False if it has none."""
+    curves = {"training": run.get("loss_curve"), "held out": run.get("eval_loss_curve")}
+    if not any(curves.values()):
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss ({run['loss']})" if "loss" in run else "loss")
+    for label, curve in curves.items():
+        if curve:
+            axes.plot(*zip(*curve, strict=True), label=label, marker="o" if len(curve) < 30 else None, markersize=3)
+    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,415 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+The output folder of a conversion: it appears complete or not at all, and a conversion that was killed goes on.
+
+    .NAME.partial        becomes NAME by one rename, at the very end
+    .NAME.partial.json   journal: what was asked for; then a line for each shard that is written, read back and checked
+
+Both lie beside NAME. The journal is locked while its conversion runs. After a kill both stay: the same request goes on
+behind the last shard that was noted; any other request throws both away. After an error nothing stays.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from tqdm import tqdm
+
+from read_weights import (
+    PIECE_BYTES,
+    ConversionError,
+    Weight,
+    is_finite,
+    load_pickled,
+    read_safetensors,
+)
+
+MAX_SHARD_BYTES = 10**9
+SYNC_BYTES = 2**26  # the disk starts to write after so many, and not only when a shard is complete
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- staging
+
+
+def journal_of(output: Path) -> Path:
+    return output.parent / f".{output.name}.partial.json"
+
+
+def staging_of(output: Path) -> Path:
+    return output.parent / f".{output.name}.partial"
+
+
+def read_journal(text: bytes) -> list[dict]:
+    """The complete lines of a journal; the last one may have been cut off by a kill."""
+    lines = []
+    for line in text.split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines if all(isinstance(line, dict) for line in lines) else []
+
+
+def was_renamed(output: Path) -> bool:
+    """Whether `output` is the result of a conversion that was killed between its rename and its end."""
+    try:
+        lines = read_journal(journal_of(output).read_bytes())
+        return bool(lines) and lines[-1].get("complete") == output.stat().st_ino and not staging_of(output).exists()
+    except OSError:
+        return False
+
+
+def check_output(output: Path, source: Path) -> None:
+    """Refuses to write over anything, into the source, or around it."""
+    if output.is_symlink():
+        raise ConversionError(f"{output} is a symbolic link; nothing is overwritten.")
+    target = output.resolve()
+    if source == target:
+        raise ConversionError(f"The output {output} is the source; nothing is overwritten.")
+    if source in target.parents:
+        raise ConversionError(f"The output {output} lies in the source {source}.")
+    if target in source.parents:
+        raise ConversionError(f"The source {source} lies in the output {output}; nothing is overwritten.")
+    if output.exists() and not was_renamed(output) and (not output.is_dir() or any(output.iterdir())):
+        raise ConversionError(f"{output} exists and is not an empty folder; nothing is overwritten.")
+
+
+@contextlib.contextmanager
+def locked(journal: Path, output: Path) -> Iterator[BinaryIO]:
+    """The journal, open and locked by this process alone, made if there is none."""
+    while True:
+        with open(os.open(journal, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConversionError(
+                    f"Another conversion to {output} is running: it holds the lock on {journal}."
+                ) from error
+            try:
+                is_current = os.path.samestat(os.fstat(file.fileno()), journal.stat())
+            except FileNotFoundError:
+                is_current = False
+            if is_current:  # and was not removed by a conversion that ended meanwhile
+                yield file
+                return
+
+
+@dataclass
+class Staging:
+    """A folder that will become the output, and its journal.
+
+    Attributes:
+        folder: where to write.
+        journal: open and locked.
+        finished: what was noted of each finished shard, by file name.
+        is_done: whether the folder was renamed already, by a conversion that was killed right after.
+    """
+
+    folder: Path
+    journal: BinaryIO
+    finished: dict[str, dict]
+    is_done: bool = False
+
+    def note(self, **line) -> None:
+        data = memoryview(json.dumps(line).encode() + b"\n")
+        write_all(self.journal, data)
+        os.fsync(self.journal.fileno())
+
+
+def _resume(output: Path, journal: BinaryIO, request: dict) -> Staging:
+    """What an earlier conversion with the same request has left, or an empty folder."""
+    folder, lines = staging_of(output), read_journal(journal.read())
+    is_same = bool(lines) and lines[0] == json.loads(json.dumps(request))
+    if is_same and was_renamed(output):
+        return Staging(folder, journal, {}, is_done=True)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConversionError(f"{output} exists and is not an empty folder; nothing is overwritten.")
+    if not is_same or not folder.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        lines = [request]
+    staging = Staging(folder, journal, {line["shard"]: line for line in lines[1:] if "shard" in line})
+    journal.seek(0)
+    journal.truncate()
+    for line in lines:  # again, for the last one may have been cut off
+        if "complete" not in line:
+            staging.note(**line)
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in staging.finished:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return staging
+
+
+@contextlib.contextmanager
+def staged(output: Path, request: dict) -> Iterator[Staging]:
+    """A folder beside `output` that becomes `output` at the end.
+
+    An error removes it. A kill, an interrupt among them, leaves it for the same `request` to go on with.
+
+    Raises:
+        ConversionError: if another conversion to `output` runs, or the disk refuses.
+    """
+    made = [parent for parent in output.absolute().parents if not parent.exists()]
+    folder, journal = staging_of(output), journal_of(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with locked(journal, output) as file:
+            try:
+                staging = _resume(output, file, request)
+                yield staging
+                if not staging.is_done:
+                    _publish(staging, output)
+                with contextlib.suppress(OSError):  # the output is there, and complete
+                    sync(output.parent)
+                    journal.unlink()
+            except Exception:
+                shutil.rmtree(folder, ignore_errors=True)
+                journal.unlink(missing_ok=True)
+                raise
+    except Exception as error:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            where = f" ({error.filename})" if error.filename else ""
+            raise ConversionError(f"{output} cannot be written: {error.strerror or error}{where}.") from error
+        raise
+
+
+def _publish(staging: Staging, output: Path) -> None:
+    for path in staging.folder.iterdir():
+        if path.name not in staging.finished:
+            sync(path)
+    sync(staging.folder)
+    staging.note(complete=staging.folder.stat().st_ino)
+    os.replace(staging.folder, output)  # an empty folder there gives way
+
+
+# ---------------------------------------------------------------------------------------------- shards
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """An unbuffered write may stop half way, as on a full disk; the next one then says why."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def plan_shards(base: list[Weight], branch: list[Weight], itemsize: int) -> dict[str, list[Weight]]:
+    """Output files by name, of at most `MAX_SHARD_BYTES` or one tensor; the side branch has the last to itself."""
+    shards: list[list[Weight]] = [[]]
+    size = 0
+    for weight in base:
+        if shards[-1] and size + weight.numel * itemsize > MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += weight.numel * itemsize
+    shards.append(branch)
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def shard_header(shard: list[Weight], dtype: torch.dtype) -> bytes:
+    """The header of a safetensors file with the weights of `shard` one behind the other."""
+    name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    header, begin = {"__metadata__": {"format": "pt"}}, 0
+    for weight in shard:
+        end = begin + weight.numel * dtype.itemsize
+        header[weight.name] = {"dtype": name, "shape": list(weight.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def as_bytes(piece: torch.Tensor) -> memoryview:
+    return memoryview(piece.view(torch.uint8).numpy())
+
+
+def write_shard(
+    path: Path, shard: list[Weight], dtype: torch.dtype, workers: ThreadPoolExecutor, advance: Callable[[int], None]
+) -> dict[str, int]:
+    """Writes a safetensors file piece by piece. Returns the checksum of each tensor as it came from its source."""
+    checksums, behind, syncing = {}, 0, None
+    with path.open("wb", buffering=0) as file:
+        write_all(file, memoryview(shard_header(shard, dtype)))
+        for weight in shard:
+            checksum = 0
+            for piece in weight.pieces(dtype):
+                data = as_bytes(piece)
+                checksum = zlib.crc32(data, checksum)
+                write_all(file, data)
+                advance(len(data))
+                behind += len(data)
+                if behind >= SYNC_BYTES and (syncing is None or syncing.done()):
+                    if syncing is not None:
+                        syncing.result()  # the kernel tells of a failed write once, perhaps here
+                    syncing, behind = workers.submit(os.fdatasync, file.fileno()), 0
+            checksums[weight.name] = checksum
+        if syncing is not None:
+            syncing.result()
+    return checksums
+
+
+def check_shard(path: Path, shard: list[Weight], dtype: torch.dtype, checksums: dict[str, int]) -> dict[str, int]:
+    """Reads a written file back. Returns how many numbers of each tensor are not finite, where any are not.
+
+    Raises:
+        ConversionError: naming file and key, if it does not hold what came from the source.
+    """
+    tensors, _ = read_safetensors(path)
+    nonfinite = {}
+    for weight in shard:
+        tensor, checksum, count = tensors.pop(weight.name, None), 0, 0
+        if tensor is None or (tensor.shape, tensor.dtype) != (weight.shape, dtype):
+            raise ConversionError(f"{path.name} does not hold {weight.name} as it was written.")
+        for piece in tensor.pieces():
+            checksum = zlib.crc32(as_bytes(piece), checksum)
+            if not is_finite(piece):
+                count += int((~piece.isfinite()).sum())
+        if checksum != checksums.get(weight.name):
+            raise ConversionError(
+                f"{weight.name} in {path.name} differs from its source ({weight.origin}) when read back: checksum "
+                f"{checksum:08x}, not {checksums.get(weight.name, 0):08x}. Is the disk sound?"
+            )
+        if count:
+            nonfinite[weight.name] = count
+    if tensors:
+        raise ConversionError(f"{path.name} holds {next(iter(tensors))}, which nobody wrote.")
+    return nonfinite
+
+
+def _finish_shard(staging: Staging, name: str, shard: list[Weight], dtype: torch.dtype, checksums: dict) -> None:
+    """Makes a written shard last: on the disk, read back, under its name, noted."""
+    written = staging.folder / f"{name}.tmp"
+    sync(written)
+    nonfinite = check_shard(written, shard, dtype, checksums)
+    os.replace(written, staging.folder / name)
+    sync(staging.folder)
+    line = {"shard": name, "checksums": checksums, "nonfinite": nonfinite}
+    staging.note(**line)
+    staging.finished[name] = line
+
+
+def _is_finished(staging: Staging, name: str, shard: list[Weight], dtype: torch.dtype) -> bool:
+    """Whether an earlier conversion has finished this shard, and it is still what was noted."""
+    if name not in staging.finished:
+        return False
+    with contextlib.suppress(ConversionError, OSError):
+        check_shard(staging.folder / name, shard, dtype, staging.finished[name]["checksums"])
+        return True
+    del staging.finished[name]
+    return False
+
+
+def write_shards(staging: Staging, shards: dict[str, list[Weight]], dtype: torch.dtype, progress: bool) -> None:
+    """Writes all shards that are not finished. While one is read back, the next is written.
+
+    Raises:
+        ConversionError: if the disk has too little room, a number does not fit into `dtype`, or what is read back is
+            not what was written.
+    """
+    sizes = {name: sum(weight.numel for weight in shard) * dtype.itemsize for name, shard in shards.items()}
+    total, disable = sum(sizes.values()), None if progress else True
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights", disable=disable)
+    todo = {name: shard for name, shard in shards.items() if not _is_finished(staging, name, shard, dtype)}
+    check_room(staging.folder, sum(sizes[name] for name in todo))
+    finishing: Future | None = None
+    with bar, ThreadPoolExecutor(2) as workers:
+        bar.update(total - sum(sizes[name] for name in todo))
+        for name, shard in todo.items():
+            checksums = write_shard(staging.folder / f"{name}.tmp", shard, dtype, workers, bar.update)
+            load_pickled.cache_clear()  # the pages that were read stay in memory as long as the file is mapped
+            if finishing is not None:
+                finishing.result()
+            finishing = workers.submit(_finish_shard, staging, name, shard, dtype, checksums)
+        if finishing is not None:
+            finishing.result()
+
+
+def link_files(staging: Staging, files: dict[str, Path]) -> dict[str, str]:
+    """Makes hard links to files of the source, by their new names. Returns which were copied instead, and why."""
+    copied = {}
+    for name, path in files.items():
+        target = staging.folder / name
+        if name in staging.finished:
+            copied[name] = staging.finished[name]["reason"]
+            continue
+        try:
+            os.link(path.resolve(), target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+            check_room(staging.folder, path.stat().st_size)
+            copied[name] = error.strerror
+            _copy_file(path, target)
+            staging.note(shard=name, reason=error.strerror)
+            staging.finished[name] = {"reason": error.strerror}
+    return copied
+
+
+def _file_pieces(path: Path) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
+
+
+def _copy_file(path: Path, target: Path) -> None:
+    written, checksum, copy_checksum = target.with_name(target.name + ".tmp"), 0, 0
+    with written.open("wb", buffering=0) as file:
+        for data in _file_pieces(path):
+            checksum = zlib.crc32(data, checksum)
+            write_all(file, data)
+        os.fsync(file.fileno())
+    for data in _file_pieces(written):
+        copy_checksum = zlib.crc32(data, copy_checksum)
+    if copy_checksum != checksum:
+        raise ConversionError(
+            f"The copy of {path} differs from it when read back: checksum {copy_checksum:08x}, not {checksum:08x}."
+        )
+    os.replace(written, target)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < num_bytes:
+        raise ConversionError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, but the weights need {num_bytes / 1e9:.1f} GB."
+        )
+
+
+def write_index(folder: Path, tensors: list[tuple[str, str, int, int]]) -> None:
+    """model.safetensors.index.json of tensors given as name, file, how many numbers, and bytes of each number."""
+    write_json(
+        folder / "model.safetensors.index.json",
+        {
+            "metadata": {
+                "total_parameters": sum(numel for _, _, numel, _ in tensors),
+                "total_size": sum(numel * itemsize for _, _, numel, itemsize in tensors),
+            },
+            "weight_map": {name: file for name, file, _, _ in tensors},
+        },
+    )
