@@ -560,7 +560,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         the vision tower, compile `model.vision_tower`.
 
         Raises:
-            ValueError: the images come twice, as pixels and as features.
+            ValueError: the images come twice, as pixels and as features, or no shape that the vision tower takes.
         """
         outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
@@ -568,8 +568,19 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 raise ValueError(
                     "Pass pixel_values or mm_encoder_outputs['image'], not both: they are the same images."
                 )
+            num_channels = getattr(self.config.vision_config, "num_channels", None)
+            is_shaped = (
+                pixel_values.ndim == 4 and 0 not in pixel_values.shape and pixel_values.shape[1] == num_channels
+            )
+            if num_channels is not None and not is_shaped:
+                raise ValueError(
+                    f"pixel_values has shape {tuple(pixel_values.shape)}; the vision tower takes (number of images, "
+                    f"{num_channels}, height, width). Leave pixel_values out where there is no image."
+                )
             outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
-        return outputs, None if outputs is None else torch.cat(list(outputs.pooler_output))
+        if outputs is None:
+            return None, None
+        return outputs, torch.cat(list(outputs.pooler_output))
 
     def find_vision_tokens(
         self,
@@ -608,14 +619,14 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         if has_images or input_ids is None:
             return is_vision
         if is_vision.any():
-            message = (
-                f"input_ids hold image tokens (by row: {is_vision.sum(-1).tolist()}) but no image came with them. "
-                "Pass pixel_values; or inputs_embeds that hold the image features, with mm_token_type_ids; or, if "
-                "these are generated tokens and no images, mm_token_type_ids of zeros."
+            advice = (
+                "but no image came with them. Pass pixel_values; or inputs_embeds that hold the image features, with "
+                "mm_token_type_ids; or, if these are generated tokens and no images, mm_token_type_ids of zeros."
             )
             if mm_token_type_ids is not None or is_continued:
-                raise ValueError(message)
-            logger.warning_once(f"{message} They are taken for text.")
+                raise ValueError(f"input_ids hold image tokens (by row: {is_vision.sum(-1).tolist()}) {advice}")
+            # Without numbers: `warning_once` keeps every text that it has seen
+            logger.warning_once(f"input_ids hold image tokens {advice} They are taken for text.")
         return None
 
     def decode(
@@ -998,6 +1009,25 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         else:
             inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+
+    def _expand_multimodal_outputs(
+        self, input_ids: torch.LongTensor | None, mm_encoder_output: dict, expand_size: int = 1, **kwargs
+    ) -> dict:
+        """As in transformers, for beams and several samples. It drops, without a word, images that it finds no tokens
+        for: these are refused."""
+
+        def count_features() -> int:
+            return sum(map(len, mm_encoder_output["image"].pooler_output)) if mm_encoder_output.get("image") else 0
+
+        num_features = count_features()
+        mm_encoder_output = super()._expand_multimodal_outputs(input_ids, mm_encoder_output, expand_size, **kwargs)
+        if count_features() != num_features * expand_size:
+            raise ValueError(
+                f"Image features and image tokens do not match: the images give {num_features} features, of which "
+                f"{count_features() // expand_size} fill the image tokens of whole prompts. Each image needs as many "
+                "image tokens as it has features: let the processor expand <image>, and pass every image of the batch."
+            )
+        return mm_encoder_output
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         """A cache that ends with this call of `generate`, its prompt read in one piece, sees no later image."""
