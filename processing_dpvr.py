@@ -400,10 +400,11 @@ class DPVRProcessor(LlavaProcessor):
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
         if images is not None:
             images = [_flatten(row) for row in images] if _is_nested(images) else _flatten(images)
-            # Of a chat whose typed tokens are marked, images come by conversation
-            if text is not None and not _is_nested(images) and not kwargs.get("sanitize_control_tokens"):
-                images = _deal(images, [prompt.count(self.image_token) for prompt in text])
-            self._check_counts(images, text or [])
+            # Of a chat whose typed tokens are marked, images come by conversation; `validate_inputs` gets it unmarked
+            if text is not None and not kwargs.get("sanitize_control_tokens"):
+                if not _is_nested(images):
+                    images = _deal(images, [prompt.count(self.image_token) for prompt in text])
+                self._check_counts(images, text)
             options = {**kwargs, **kwargs.get("images_kwargs", {})}
             read = [
                 _read_image(image, name, self.max_image_pixels, options.get("input_data_format"))
@@ -414,8 +415,8 @@ class DPVRProcessor(LlavaProcessor):
         return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        if text and images is None:
-            self._check_counts([[] for _ in text], text)
+        if text:
+            self._check_counts([[] for _ in text] if images is None else images, text)
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def _check_counts(self, images: list, text: list[str]) -> None:
