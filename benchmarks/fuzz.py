@@ -299,25 +299,34 @@ class ProcessorFuzz:
         return inputs, [rendered] if isinstance(rendered, str) else rendered, images
 
     def try_request(self, request: tuple) -> None:
-        """Raises whatever is neither a right answer nor a ValueError, and if a refusal changed the processor."""
+        """Raises AssertionError for what is neither a right answer nor a ValueError, and for a refusal that changed
+        the processor."""
         kind, content = request
         try:
             answer = self.answer_call(*content) if kind == "call" else self.answer_chat(content)
         except ValueError as error:
             reason = str(error)
+        except Exception as error:
+            raise AssertionError(f"The request is neither answered nor refused: {error!r}") from error
         else:
-            check_answer(self.processor, *answer)
+            try:
+                check_answer(self.processor, *answer)
+            except Exception as error:
+                raise AssertionError(f"The request is answered wrongly: {error!r}") from error
             self.outcomes[f"{kind}, answered"] += 1
             return
         is_sentence = reason.endswith((".", "DPVRProcessor")) or "cannot be read" in reason
-        assert is_sentence, reason
+        assert is_sentence, f"The refusal is no sentence: {reason}"
         self.outcomes[f"{kind}, refused"] += 1
-        assert self.good_request() == self.reference
+        assert self.good_request() == self.reference, f"A good request gives another answer after: {reason}"
 
 
-def fuzz_processor(num_inputs: int, seed: int = 0, progress: bool = False) -> dict:
-    """Tries `num_inputs` requests and returns how many ended how. Raises what the first wrong one raised, with
-    hypothesis' smallest example of it."""
+def fuzz_processor(num_inputs: int, seed: int = 0, progress: bool = False, shrink: bool = True) -> dict:
+    """Tries `num_inputs` requests and returns how many ended how.
+
+    Raises:
+        AssertionError: a request was neither answered rightly nor refused; with `shrink`, hypothesis' smallest.
+    """
     transformers.logging.set_verbosity(logging.CRITICAL)
     start = time.perf_counter()
     limit = Image.MAX_IMAGE_PIXELS
@@ -333,6 +342,8 @@ def fuzz_processor(num_inputs: int, seed: int = 0, progress: bool = False) -> di
             database=None,
             deadline=None,
             derandomize=False,
+            report_multiple_bugs=False,
+            phases=[phase for phase in hypothesis.Phase if shrink or phase != hypothesis.Phase.shrink],
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         @hypothesis.given(requests)
