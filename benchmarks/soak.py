@@ -5,11 +5,16 @@
 
 The calls go round a fixed list of requests: prompts without, with one and with two images, ragged batches, padding on
 either side, beams, samples, a static cache, and requests that are refused. Every call makes its inputs anew with the
-processor and seeds torch. The tokens of a request must be those of its first time; after a warm-up, neither the
-resident memory nor the number of objects that Python's collector follows may have a slope.
+processor and seeds torch. The tokens of a request must be those of its first time; over the second half of the run,
+neither the resident memory nor the number of objects that Python's collector follows may have a slope.
+
+Memory is judged after garbage is collected and what the allocator has free is given back to the system (glibc's
+`malloc_trim`): then what grows is held, and not kept for later. A slope is Theil and Sen's, the median over all pairs
+of samples, with its interval of 95 %, which must lie below the limit.
 """
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -22,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from scipy.stats import theilslopes
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
@@ -32,7 +38,7 @@ import digits as task
 
 from convert_llava_to_dpvr import convert
 
-WARM_UP = 0.2  # share of the samples before which slopes are not measured: allocators fill their pools
+WARM_UP = 0.5  # share of the samples before which slopes are not measured: allocators fill their pools, caches fill
 QUESTION = "What is in row {}, column {}?"
 
 
@@ -109,29 +115,38 @@ def resident_bytes() -> int:
     raise OSError("/proc/self/status has no VmRSS.")
 
 
-def slope(calls: list[int], values: list[int]) -> float:
-    """Theil and Sen's slope after the warm-up: the median over all pairs, which one step of an allocator leaves alone.
+def resident_bytes_held() -> int:
+    """Resident memory without garbage and without what malloc keeps for later (glibc)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes()
+
+
+def slope(calls: list[int], values: list[int]) -> tuple[float, float, float]:
+    """Theil and Sen's slope after the warm-up, and the ends of its interval of 95 %.
 
     Args:
         calls: number of calls at each sample, ascending.
         values: what was measured then.
     """
     start = int(len(calls) * WARM_UP)
-    x, y = np.array(calls[start:], dtype=float), np.array(values[start:], dtype=float)
-    if len(x) < 2:
-        raise ValueError(f"{len(x)} samples after the warm-up; a slope takes 2. Make more calls or sample more often.")
-    first, second = np.triu_indices(len(x), 1)
-    return float(np.median((y[second] - y[first]) / (x[second] - x[first])))
+    if len(calls) - start < 2:
+        raise ValueError(
+            f"{len(calls) - start} samples after the warm-up; a slope takes 2. Make more calls or sample more often."
+        )
+    result = theilslopes(values[start:], calls[start:], 0.95)
+    return float(result.slope), float(result.low_slope), float(result.high_slope)
 
 
 @dataclass
 class Soak:
-    """What a run saw; one entry of `calls`, `rss_bytes` and `objects` per sample."""
+    """What a run saw; one entry of `calls`, `rss_bytes` (as it was), `held_bytes` and `objects` per sample."""
 
     hashes: dict[str, str] = field(default_factory=dict)
     different: list[dict] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     rss_bytes: list[int] = field(default_factory=list)
+    held_bytes: list[int] = field(default_factory=list)
     objects: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -143,8 +158,8 @@ def run(model, processor, requests: list[Request], calls: int, every: int, max_n
     for call in tqdm(range(calls + 1), desc="soak", mininterval=10):
         if call % every == 0:
             soak.calls.append(call)
-            soak.rss_bytes.append(resident_bytes())  # before collecting: garbage in cycles counts
-            gc.collect()
+            soak.rss_bytes.append(resident_bytes())
+            soak.held_bytes.append(resident_bytes_held())
             soak.objects.append(len(gc.get_objects()))
         if call == calls:
             break
@@ -157,42 +172,44 @@ def run(model, processor, requests: list[Request], calls: int, every: int, max_n
     return soak
 
 
-def judge(soak: Soak, max_bytes_per_call: float, max_objects_per_call: float) -> tuple[dict[str, float], list[str]]:
-    """The slopes, and a sentence for each thing that is not as it should be."""
+def judge(
+    soak: Soak, max_bytes_per_call: float, max_objects_per_call: float
+) -> tuple[dict[str, tuple[float, float, float]], list[str]]:
+    """The slopes with the ends of their intervals, and a sentence for each thing that is not as it should be."""
     slopes = {
-        "bytes_per_call": slope(soak.calls, soak.rss_bytes),
+        "bytes_per_call": slope(soak.calls, soak.held_bytes),
         "objects_per_call": slope(soak.calls, soak.objects),
     }
     faults = []
-    if slopes["bytes_per_call"] > max_bytes_per_call:
-        faults.append(
-            f"Memory grows by {slopes['bytes_per_call']:.0f} bytes a call; {max_bytes_per_call} are allowed."
-        )
-    if slopes["objects_per_call"] > max_objects_per_call:
-        faults.append(
-            f"Python's objects grow by {slopes['objects_per_call']:.3f} a call; {max_objects_per_call} are allowed."
-        )
+    for (value, low, high), limit, name in (
+        (slopes["bytes_per_call"], max_bytes_per_call, "bytes of memory"),
+        (slopes["objects_per_call"], max_objects_per_call, "Python objects"),
+    ):
+        if high > limit:
+            faults.append(f"A call adds {value:.3f} {name} (95 %: {low:.3f} to {high:.3f}); {limit} are allowed.")
     if soak.different:
         faults.append(f"{len(soak.different)} answers differ from the first of their request: {soak.different[:3]}")
     return slopes, faults
 
 
-def draw(path: Path, soak: Soak, slopes: dict[str, float]) -> None:
+def draw(path: Path, soak: Soak, slopes: dict[str, tuple[float, float, float]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    axes.plot(soak.calls, np.array(soak.rss_bytes) / 2**20, color="#3d85c6")
+    axes.plot(soak.calls, np.array(soak.rss_bytes) / 2**20, color="#b7d3ea", label="as it is")
+    held = np.array(soak.held_bytes) / 2**20
+    axes.plot(soak.calls, held, color="#3d85c6", label="without what malloc keeps free")
     axes.axvspan(0, soak.calls[int(len(soak.calls) * WARM_UP)], color="#eeeeee", label="warm-up, not judged")
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, soak.calls[-1])
     axes.set_xlabel("calls of generate")
     axes.set_ylabel("resident memory, MiB")
     axes.set_title(
-        f"{soak.calls[-1]:,} calls: {slopes['bytes_per_call']:.0f} bytes and {slopes['objects_per_call']:.3f} Python "
-        f"objects a call, {len(soak.different)} answers changed",
+        f"{soak.calls[-1]:,} calls: {slopes['bytes_per_call'][0]:.0f} bytes and {slopes['objects_per_call'][0]:.3f} "
+        f"Python objects a call, {len(soak.different)} answers changed",
         fontsize=10,
     )
     axes.legend(loc="lower right", frameon=False)
@@ -204,12 +221,18 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="examples:\n  python benchmarks/soak.py\n"
-        "  python benchmarks/soak.py --calls 660 --every 66 --output soak.json --figure soak.png\n\n"
+        "  python benchmarks/soak.py --calls 1320 --every 66 --output soak.json --figure soak.png\n\n"
         "exit codes: 0 flat and constant, 1 memory grows or answers differ, 2 wrong arguments\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--calls", type=int, default=10_000, help="default: %(default)s")
-    parser.add_argument("--every", type=int, default=100, help="calls between two samples (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=10_032, help="default: %(default)s")
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=66,
+        help="calls between two samples; a multiple of the number of requests, 33, samples after the same one each "
+        "time (default: %(default)s)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--max-bytes-per-call", type=float, default=200, help="slope allowed (default: %(default)s)")
     parser.add_argument("--max-objects-per-call", type=float, default=0.01, help="default: %(default)s")
@@ -240,11 +263,12 @@ def main(arguments: list[str] | None = None) -> int:
     }
     args.output.write_text(json.dumps(record, indent=1) + "\n")
     draw(args.figure, soak, slopes)
-    mebibytes = [f"{min(soak.rss_bytes) / 2**20:.0f}", f"{max(soak.rss_bytes) / 2**20:.0f}"]
+    (held, *held_ends), (objects, *_) = slopes["bytes_per_call"], slopes["objects_per_call"]
     print(
-        f"{args.calls} calls in {soak.seconds:.0f} s: {' to '.join(mebibytes)} MiB resident, "
-        f"{slopes['bytes_per_call']:.1f} bytes and {slopes['objects_per_call']:.4f} Python objects a call after the "
-        f"warm-up, {len(soak.different)} answers changed."
+        f"{args.calls} calls in {soak.seconds:.0f} s: {soak.held_bytes[0] / 2**20:.1f} MiB held at first, "
+        f"{soak.held_bytes[-1] / 2**20:.1f} at last; in the second half {held:.1f} bytes a call (95 %: "
+        f"{held_ends[0]:.1f} to {held_ends[1]:.1f}) and {objects:.4f} Python objects; {len(soak.different)} answers "
+        "changed."
     )
     for fault in faults:
         print(fault, file=sys.stderr)
