@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from training.adapters import AdapterError, add_adapter, from_llava, processor_from_llava, save_adapter
+from training.card import PLOT_FILE, make_card, plot_losses
 from training.data import BadRows, Collator, ConversationDataset, read_rows
 from training.features import CachedFeatures, CacheError, cache_features
 from training.staged import LOSSES, StagedModel, collate_rows
@@ -236,6 +237,8 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
     if trainer.args.should_save:
         save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
         (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        card = make_card(record, options.output.name, has_plot=plot_losses(record, options.output / PLOT_FILE))
+        (options.output / "README.md").write_text(card)
 
 
 def main(arguments: list[str] | None = None) -> int:
