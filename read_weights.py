@@ -184,6 +184,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ConversionError(f"{path}: __metadata__ in its header is {metadata!r:.80}, not names with strings.")
     spans = {key: _read_entry(path, key, entry) for key, entry in header.items()}
+    data_bytes = file_bytes - data_start
+    if sum(stop - begin for _, _, begin, stop in spans.values()) <= data_bytes:  # else it is truncated
+        for key, (_, _, begin, stop) in spans.items():
+            if stop > data_bytes:
+                raise ConversionError(f"{path}: {key} spans bytes {begin} to {stop}, but there are only {data_bytes}.")
     end, last = 0, "the header"
     for key, (_, _, begin, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != end:
@@ -279,9 +284,9 @@ def posing_as_weights(path: Path) -> str | None:
     return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), None)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=64)
 def load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .bin file, mapped into memory. The last file stays open, until `cache_clear`."""
+    """Tensors of a .bin file, mapped into memory until `cache_clear`."""
     kind = posing_as_weights(path)
     if kind != "a zip archive":  # torch.save writes one
         what = f"it is {kind}" if kind else "it is no archive of torch.save"
@@ -358,13 +363,13 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         if isinstance(file, str) and file in checked:
             continue
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
-            raise ConversionError(f"{index} has {key} in {file!r:.80}, which is not a file of that folder.")
+            raise ConversionError(f"{index} has {key} in {file!r:.300}, which is not a file of that folder.")
         try:
             is_file = (index.parent / file).is_file()
         except OSError:  # a name too long to be one
             is_file = False
         if not is_file:
-            raise ConversionError(f"{index} has {key} in {file!r:.80}, which is not a file of that folder.")
+            raise ConversionError(f"{index} has {key} in {file!r:.300}, which is not a file of that folder.")
         _check_inside(index.parent, index.parent / file, f"; {index.name} has {key} there")
         checked.add(file)
     return weight_map

@@ -183,7 +183,9 @@ def staged(output: Path, request: dict) -> Iterator[Staging]:
                 yield staging
                 if not staging.is_done:
                     _publish(staging, output)
-                journal.unlink()
+                with contextlib.suppress(OSError):  # the output is there, and complete
+                    sync(output.parent)
+                    journal.unlink()
             except Exception:
                 shutil.rmtree(folder, ignore_errors=True)
                 journal.unlink(missing_ok=True)
@@ -205,7 +207,6 @@ def _publish(staging: Staging, output: Path) -> None:
     sync(staging.folder)
     staging.note(complete=staging.folder.stat().st_ino)
     os.replace(staging.folder, output)  # an empty folder there gives way
-    sync(output.parent)
 
 
 # ---------------------------------------------------------------------------------------------- shards
@@ -264,6 +265,8 @@ def write_shard(
                 advance(len(data))
                 behind += len(data)
                 if behind >= SYNC_BYTES and (syncing is None or syncing.done()):
+                    if syncing is not None:
+                        syncing.result()  # the kernel tells of a failed write once, perhaps here
                     syncing, behind = workers.submit(os.fdatasync, file.fileno()), 0
             checksums[weight.name] = checksum
         if syncing is not None:

@@ -53,8 +53,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_config(num_layers: int, hidden_size: int) -> LlavaConfig:
-    """LLaVA-1.5's config with a decoder of the given depth and width, in heads of 128."""
+def make_config(num_layers: int, hidden_size: int, tower_layers: int = 24) -> LlavaConfig:
+    """LLaVA-1.5's config with a decoder of the given depth and width, in heads of 128, and a tower of some depth."""
     text_config = {
         "model_type": "llama",
         "hidden_size": hidden_size,
@@ -66,7 +66,9 @@ def make_config(num_layers: int, hidden_size: int) -> LlavaConfig:
         "rms_norm_eps": 1e-5,
         "vocab_size": 32064,
     }
-    return LlavaConfig(text_config=text_config, pad_token_id=32001, dtype="bfloat16")
+    config = LlavaConfig(text_config=text_config, pad_token_id=32001, dtype="bfloat16")
+    config.vision_config.num_hidden_layers = tower_layers
+    return config
 
 
 def plan_files(shapes: dict[str, torch.Size], max_bytes: int) -> list[list[str]]:
@@ -113,21 +115,18 @@ def write_weights(folder: Path, config: LlavaConfig, max_bytes: int, seed: int) 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write a random LLaVA-1.5 checkpoint in llava-hf's layout.")
-    parser.add_argument("output", type=Path, help="folder to make")
-    parser.add_argument("--num-layers", type=int, default=32)
-    parser.add_argument("--hidden-size", type=int, default=4096, help="a multiple of 128")
-    parser.add_argument("--max-file-bytes", type=int, default=5 * 10**9)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.output.exists():
-        parser.error(f"{args.output} exists")
-    if args.hidden_size % 128:
-        parser.error(f"--hidden-size {args.hidden_size} is not a multiple of 128")
-    args.output.mkdir(parents=True)
-    config = make_config(args.num_layers, args.hidden_size)
-    config.save_pretrained(args.output)
+def write_llava(
+    output: Path,
+    num_layers: int,
+    hidden_size: int,
+    tower_layers: int = 24,
+    max_file_bytes: int = 5 * 10**9,
+    seed: int = 0,
+) -> None:
+    """A whole checkpoint in the new folder `output`: config, processor, weights."""
+    output.mkdir(parents=True)
+    config = make_config(num_layers, hidden_size, tower_layers)
+    config.save_pretrained(output)
     size = config.vision_config.image_size
     LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
@@ -135,8 +134,24 @@ def main() -> int:
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
-    ).save_pretrained(args.output)
-    write_weights(args.output, config, args.max_file_bytes, args.seed)
+    ).save_pretrained(output)
+    write_weights(output, config, max_file_bytes, seed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write a random LLaVA-1.5 checkpoint in llava-hf's layout.")
+    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--num-layers", type=int, default=32)
+    parser.add_argument("--hidden-size", type=int, default=4096, help="a multiple of 128")
+    parser.add_argument("--tower-layers", type=int, default=24)
+    parser.add_argument("--max-file-bytes", type=int, default=5 * 10**9)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"{args.output} exists")
+    if args.hidden_size % 128:
+        parser.error(f"--hidden-size {args.hidden_size} is not a multiple of 128")
+    write_llava(args.output, args.num_layers, args.hidden_size, args.tower_layers, args.max_file_bytes, args.seed)
     return 0
 
 

@@ -142,6 +142,18 @@ def test_the_file_holds_the_side_branch_and_lora_and_nothing_else(saved):
     assert sum(map(torch.numel, branch)) == sum(map(torch.numel, make_base().model.side_branch.parameters()))
 
 
+def test_a_gathered_state_dict_gives_the_same_file(tmp_path):
+    model = add_adapter(make_base(), "fusion")
+    train(model, 1)
+    save_adapter(model, tmp_path / "own", BASE)
+    save_adapter(model, tmp_path / "gathered", BASE, state_dict=model.state_dict())
+    (own, own_metadata), (gathered, metadata) = stored(tmp_path / "own"), stored(tmp_path / "gathered")
+    assert own_metadata == metadata
+    assert own.keys() == gathered.keys()
+    assert all(torch.equal(weight, gathered[key]) for key, weight in own.items())
+    assert "multi_modal_projector" in stored(tmp_path / "own")[1]["base_sample"]
+
+
 def test_the_config_names_no_machine_and_no_module_of_one(saved):
     (folder, _), _ = saved
     text = (folder / "adapter_config.json").read_text()
@@ -370,6 +382,29 @@ def test_files_that_are_no_adapter_are_refused(tmp_path):
         load_adapter(make_base(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key: key.replace("layers.5", "layers.9"), r"the model has no place for .*layers\.9"),
+        (lambda key: None, r"lacks .*lora_B"),
+    ],
+)
+def test_lora_that_does_not_fit_is_refused_and_the_base_is_as_before(tmp_path, change, message):
+    from safetensors.torch import save_file
+
+    save_adapter(add_adapter(make_base(), "fusion"), tmp_path, BASE)
+    weights, metadata = stored(tmp_path)
+    changed = {change(key) if "q_proj.lora_B" in key else key: weight for key, weight in weights.items()}
+    changed.pop(None, None)
+    save_file(changed, tmp_path / "adapter_model.safetensors", metadata)
+    base = make_base()
+    before, names = logits(base), set(base.state_dict())
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(base, tmp_path)
+    assert torch.equal(logits(base), before)
+    assert set(base.state_dict()) == names
+
+
 # ---------------------------------------------------------------------------------------------- LLaVA as the base
 
 
@@ -428,3 +463,26 @@ def test_base_state_names_weights_as_a_checkpoint_does():
     names = set(make_base().state_dict())
     assert set(base_state(add_adapter(make_base()))) == names
     assert set(base_state(add_adapter(make_base(), "fusion"))) == names
+
+
+@pytest.mark.parametrize("kind", ["side branch", "fusion"])
+def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(kind, tmp_path, capsys):
+    from scripts.merge_adapter import main
+
+    tiny = ROOT / "examples" / "tiny-llava"
+    model = add_adapter(from_llava(tiny, saturation_layer=4), KINDS[kind])
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.normal_(0, 0.1)
+    save_adapter(model, tmp_path / "adapter", str(tiny))
+    assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    expected = merge_adapter(model).state_dict()
+    loaded = DPVRForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype="auto")
+    for name, weight in loaded.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-3, rtol=1e-3)
+    assert {"processor_config.json", "processing_dpvr.py"} <= {path.name for path in (tmp_path / "merged").iterdir()}
+    assert main([str(tmp_path / "merged"), str(tmp_path / "adapter"), str(tmp_path / "again")]) == 0
+    assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert main([str(tiny), str(tmp_path / "absent"), str(tmp_path / "none")]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged", "again"}

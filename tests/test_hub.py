@@ -108,6 +108,9 @@ def sections(text):
 def pushed(folders, tmp_path_factory):
     """A Hub after a number of pushes in one process, what they printed and their errors, by label."""
     with Hub() as hub:
+        llava = (ROOT / "examples" / "tiny-llava").iterdir()
+        hub.commits["org/llava"] = []
+        hub.add("org/llava", {path.name: path.read_bytes() for path in llava})
         hub.failures = {r"PUT /org/failing-upload/lfs/": 500, r"POST .*/org/failing-commit/commit/": 500}
         result = run(["-c", PUSH_ALL, ROOT, folders], tmp_path_factory.mktemp("pusher"), hub)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -151,7 +154,7 @@ from peft import PeftModel
 from transformers import AutoModel, AutoProcessor
 
 sys.path.insert(0, sys.argv[1])
-from training.adapters import load_adapter, merge_adapter
+from training.adapters import from_llava, load_adapter, merge_adapter, processor_from_llava
 
 def load():
     return AutoModel.from_pretrained("org/dpvr", trust_remote_code=True, dtype="auto").eval()
@@ -164,10 +167,13 @@ print(type(processor).__name__, type(load()).__name__)
 ours = branch(merge_adapter(load_adapter(load(), "org/adapter")))
 pefts = branch(PeftModel.from_pretrained(load(), "org/adapter").merge_and_unload())
 inside = branch(merge_adapter(load_adapter(load(), "org/dpvr", subfolder="adapters/a")))
+straight = from_llava("org/llava", adapter="org/adapter", dtype=torch.float16).eval()
+assert processor_from_llava("org/llava").chat_template == processor.chat_template
 native = load()
 native.load_adapter("org/adapter")
 natives = {n.replace(".ln_tuning_layers.default", ""): w for n, w in branch(native).items() if "ln_tuning" in n}
-assert all(torch.equal(ours[name], other[name]) for other in (pefts, inside, natives) for name in ours)
+for other in (pefts, inside, natives, branch(straight)):
+    assert all(torch.equal(weight, other[name]) for name, weight in ours.items())
 assert not any(torch.equal(weight, branch(load())[name]) for name, weight in ours.items())
 torch.save(ours, "branch.pt")
 """

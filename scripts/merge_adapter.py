@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Merge an adapter into its base and write a DPVR checkpoint, which loads without PEFT.
+
+The base is a DPVR, or the LLaVA that one is made from. The output folder appears complete or not at all.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from training.adapters import AdapterError, from_llava, load_adapter, merge_adapter, processor_from_llava
+
+
+def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, dtype: str = "auto") -> None:
+    """Writes `base` with `adapter` merged, and its processor, into `output`, which must not exist or be empty."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise AdapterError(f"{output} exists and is not an empty folder; nothing is overwritten.")
+    if AutoConfig.from_pretrained(base, trust_remote_code=True).model_type == "dpvr":
+        model = AutoModel.from_pretrained(base, trust_remote_code=True, dtype=dtype)
+        merged = merge_adapter(load_adapter(model, adapter, subfolder=subfolder))
+        processor = AutoProcessor.from_pretrained(base, trust_remote_code=True)
+    else:
+        merged = from_llava(base, adapter, dtype=dtype, adapter_kwargs={"subfolder": subfolder})
+        processor = processor_from_llava(base)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        folder = staging / output.name  # whose rights are the user's usual ones
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if output.exists():
+            output.rmdir()
+        os.replace(folder, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="examples:\n"
+        "  python scripts/merge_adapter.py dpvr-7b ./adapter dpvr-7b-charts\n"
+        "  python scripts/merge_adapter.py llava-hf/llava-1.5-7b-hf user/charts-adapter dpvr-7b-charts\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("base", help="Hub id or folder of a DPVR or a LLaVA checkpoint")
+    parser.add_argument("adapter", help="Hub id or folder of the adapter")
+    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--subfolder", metavar="PATH", help="of the adapter in its folder or repository")
+    parser.add_argument("--dtype", default="auto", help="of the base, such as bfloat16 (default: as stored)")
+    options = parser.parse_args(arguments)
+    try:
+        merge(options.base, options.adapter, options.output, options.subfolder, options.dtype)
+    except (AdapterError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.output}: {options.base} with {options.adapter}; it loads without PEFT")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

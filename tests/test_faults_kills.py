@@ -1,0 +1,283 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""A conversion that is killed, or whose disk refuses: complete or not at all, and it goes on where it was."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kill_conversions import contents, identities
+from llava_checkpoints import make_llava, read_output, write_llava_hf
+
+import convert_llava_to_dpvr as converter
+import write_checkpoint
+from convert_llava_to_dpvr import ConversionError, convert, main
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_llava_hf(tmp_path / "llava", make_llava())
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(write_checkpoint, "MAX_SHARD_BYTES", 40_000)
+
+
+def many_runs(mode: str, source: Path, *options: str) -> list[dict]:
+    work = source.parent / "work"
+    work.mkdir()
+    script = Path(__file__).with_name("kill_conversions.py")
+    command = [sys.executable, str(script), mode, str(source), str(work), *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def assert_resumed(runs: list[dict]) -> None:
+    for run in runs:
+        assert run["source untouched"], run
+        assert run["appeared"] in ("no", "complete"), run
+        assert (run["again"], run["identical"], run["written again"], run["left"]) == (0, True, [], []), run
+        assert "Traceback" not in run["stderr"] + run["stderr again"], run
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(source):
+    runs = many_runs("kill", source)
+    assert_resumed(runs)
+    killed = [run for run in runs if run["code"] == -signal.SIGKILL]
+    assert len(killed) >= 50
+    assert {run["finished"] for run in killed} >= set(range(1, 9))  # at every state of the work
+    assert {run["appeared"] for run in killed} == {"no", "complete"}
+    interrupted = [run for run in runs if run["signal"] != signal.SIGKILL and not run["was over"]]
+    assert {run["signal"] for run in interrupted} == {signal.SIGTERM, signal.SIGINT}
+    assert all(run["code"] == 130 and run["stderr"].startswith("interrupted; ") for run in interrupted)
+
+
+def test_a_killed_conversion_to_links_goes_on(source):
+    runs = many_runs("kill", source, "--link")
+    assert_resumed(runs)
+    assert sum(run["code"] == -signal.SIGKILL for run in runs) >= 10
+
+
+@pytest.mark.parametrize("options", [[], ["--link"]])
+def test_a_disk_that_refuses_gets_one_sentence_and_keeps_nothing(source, options):
+    runs = many_runs("fail", source, *options)
+    assert len(runs) >= 10
+    assert sum(run["code"] == 0 for run in runs) <= 1
+    for run in runs:
+        assert run["source untouched"], run
+        if run["code"] == 0:  # the output was complete, only its journal could not be removed
+            assert run["stderr"] == "", run
+            assert "new/dpvr/model.safetensors.index.json" in run["left"], run
+            continue
+        assert (run["code"], run["left"]) == (1, []), run
+        assert run["stderr"].startswith("error: "), run
+        assert run["stderr"].count("\n") == 1, run
+
+
+def test_a_full_disk_is_refused_before_and_while_writing(tmp_path, source, monkeypatch, capsys):
+    before = contents(source)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        (disk / "other").write_bytes(bytes(300_000))
+        assert main([str(source), str(disk / "dpvr")]) == 1
+        assert "GB free, but the weights need 0.0 GB" in capsys.readouterr().err
+        monkeypatch.setattr(write_checkpoint, "check_room", lambda *_: None)
+        assert main([str(source), str(disk / "dpvr")]) == 1
+        assert capsys.readouterr().err == f"error: {disk / 'dpvr'} cannot be written: No space left on device.\n"
+        assert [path.name for path in disk.iterdir()] == ["other"]
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert main([str(source), str(disk / "dpvr")]) == 1
+        assert "Read-only file system" in capsys.readouterr().err
+        assert [path.name for path in disk.iterdir()] == ["other"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert contents(source) == before
+
+
+def interrupt_at_shard(number: int, monkeypatch) -> None:
+    """Interrupts the next conversion once `number` shards are noted."""
+    finish = write_checkpoint.Staging.note
+
+    def note(staging, **line):
+        finish(staging, **line)
+        if "shard" in line and len(staging.finished) >= number - 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(write_checkpoint.Staging, "note", note)
+
+
+def interrupted(source: Path, output: Path, monkeypatch, **options) -> dict[str, tuple]:
+    """Leaves a conversion behind that was interrupted after three shards. Returns what these shards are."""
+    with monkeypatch.context() as patch:
+        interrupt_at_shard(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, output, **options)
+    staging = write_checkpoint.staging_of(output)
+    shards = {name: identity for name, identity in identities(staging).items() if not name.endswith(".tmp")}
+    assert len(shards) >= 3
+    assert not output.exists()
+    return shards
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("change", ["options", "source", "nothing"])
+def test_only_the_same_request_goes_on(tmp_path, source, monkeypatch, change):
+    shards = interrupted(source, tmp_path / "dpvr", monkeypatch)
+    options = {}
+    if change == "options":
+        options["dtype"] = "bfloat16"
+    elif change == "source":
+        path = next(source.glob("*.safetensors"))
+        os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    convert(source, tmp_path / "dpvr", **options)
+    after = identities(tmp_path / "dpvr")
+    kept = [name for name, identity in shards.items() if after.get(name) == identity]
+    assert len(kept) == (len(shards) if change == "nothing" else 0)
+    convert(source, tmp_path / "expected", **options)
+    assert contents(tmp_path / "dpvr") == contents(tmp_path / "expected")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dpvr", "expected", "llava"]
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, source, monkeypatch):
+    shards = interrupted(source, tmp_path / "dpvr", monkeypatch)
+    first, second, *_ = sorted(shards)
+    path = write_checkpoint.staging_of(tmp_path / "dpvr") / first
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    convert(source, tmp_path / "dpvr")
+    after = identities(tmp_path / "dpvr")
+    assert after[first] != shards[first]
+    assert after[second] == shards[second]
+    convert(source, tmp_path / "expected")
+    assert contents(tmp_path / "dpvr") == contents(tmp_path / "expected")
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_what_is_read_back_must_be_what_was_read(tmp_path, source, monkeypatch, dtype):
+    sync = write_checkpoint.sync
+
+    def flip_a_bit(path: Path) -> None:
+        sync(path)
+        if path.name == "model-00002-of-00009.safetensors.tmp" or path.name == "model-00002-of-00005.safetensors.tmp":
+            content = bytearray(path.read_bytes())
+            content[-3] ^= 4
+            path.write_bytes(content)
+
+    monkeypatch.setattr(write_checkpoint, "sync", flip_a_bit)
+    with pytest.raises(
+        ConversionError, match=r"model\.\S+ in model-00002-of-\d+\.safetensors\.tmp differs from its source"
+    ):
+        convert(source, tmp_path / "dpvr", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+
+
+def test_a_source_that_changes_under_the_conversion_is_refused(tmp_path, source, monkeypatch):
+    write_shard = write_checkpoint.write_shard
+
+    def touch_and_write(*args):
+        path = next(source.glob("*.safetensors"))
+        os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+        return write_shard(*args)
+
+    monkeypatch.setattr(write_checkpoint, "write_shard", touch_and_write)
+    with pytest.raises(ConversionError, match=r"\.safetensors was changed while it was read"):
+        convert(source, tmp_path / "dpvr")
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+
+
+def test_two_conversions_to_one_folder_at_once(tmp_path, source, capsys):
+    output = tmp_path / "dpvr"
+    journal = write_checkpoint.journal_of(output)
+    with journal.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main([str(source), str(output)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: Another conversion to {output} is running")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [journal.name, "llava"]
+    assert main([str(source), str(output)]) == 0  # the lock went with its holder
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dpvr", "llava"]
+
+
+def test_targets_that_are_refused(tmp_path, source, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "to-source").symlink_to(source)
+    before, listing = contents(source), sorted(path.name for path in tmp_path.iterdir())
+    refused = {
+        tmp_path / "full": "is not an empty folder; nothing is overwritten",
+        tmp_path / "full" / "mine.txt": "is not an empty folder; nothing is overwritten",
+        tmp_path / "full" / "mine.txt" / "dpvr": "cannot be written: File exists",
+        tmp_path / "link": "is a symbolic link; nothing is overwritten",
+        source: "is the source; nothing is overwritten",
+        tmp_path: "lies in the output",
+        source / "inside" / "deep": "lies in the source",
+        tmp_path / "to-source" / "inside": "lies in the source",
+        Path("/proc/dpvr"): "cannot be written",
+        tmp_path / ("long" * 70): "cannot be written: File name too long",
+    }
+    for output, sentence in refused.items():
+        assert main([str(source), str(output)]) == 1, output
+        error = capsys.readouterr().err
+        assert sentence in error, (output, error)
+        assert error.count("\n") == 1, error
+    assert contents(source) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == listing
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path, source, monkeypatch):
+    write_index = converter.write_index
+
+    def make_output_and_write(*args):
+        (tmp_path / "dpvr").mkdir()
+        (tmp_path / "dpvr" / "mine.txt").write_text("mine")
+        write_index(*args)
+
+    monkeypatch.setattr(converter, "write_index", make_output_and_write)
+    with pytest.raises(ConversionError, match="cannot be written: Directory not empty"):
+        convert(source, tmp_path / "dpvr")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dpvr", "llava"]
+    assert [path.name for path in (tmp_path / "dpvr").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_nan_and_infinite_weights_are_counted_and_kept(tmp_path, dtype, capsys):
+    keys = ("language_model.model.layers.1.mlp.up_proj.weight", "vision_tower.vision_model.pre_layrnorm.bias")
+
+    def spoil(tensors):
+        tensors[keys[0]][3, :5] = float("nan")
+        tensors[keys[0]][4, 0] = float("-inf")
+        tensors[keys[1]][1] = float("inf")
+
+    source = write_llava_hf(tmp_path / "llava", make_llava(), change=spoil)
+    assert main([str(source), str(tmp_path / "dpvr"), "--dtype", dtype]) == 0
+    printed = capsys.readouterr().out
+    assert f"6 of the numbers of {keys[0]} in {source}/model-0000" in printed
+    assert f"1 of the numbers of {keys[1]} in {source}/model-0000" in printed
+    assert printed.count("NaN or infinite") == 2
+    written = read_output(tmp_path / "dpvr")["model.language_model.layers.1.mlp.up_proj.weight"]
+    assert int((~written.isfinite()).sum()) == 6
+
+
+def test_files_are_made_for_everyone_that_the_umask_allows(tmp_path, source):
+    mask = os.umask(0o027)
+    try:
+        convert(source, tmp_path / "dpvr")
+    finally:
+        os.umask(mask)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "dpvr").iterdir()}
+    assert modes == {0o640}
+    assert (tmp_path / "dpvr").stat().st_mode & 0o777 == 0o750
