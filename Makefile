@@ -4,12 +4,14 @@ VENV ?= .venv
 # The CPU build. Elsewhere a bare torch brings gigabytes of CUDA; the package itself takes any torch.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-eval test-lowest lint clean
 help:
-	@echo "make demo   convert the embedded LLaVA, ask it about a picture, write demo.png"
-	@echo "make test   run the tests"
-	@echo "make lint   check style"
-	@echo "make clean  remove what these made"
+	@echo "make demo          convert the embedded LLaVA, ask it about a picture, write demo.png"
+	@echo "make test          run the tests"
+	@echo "make test-eval     install lm-evaluation-harness and lmms-eval, and run their tests"
+	@echo "make test-lowest   run the core tests with the lowest versions that requirements.txt allows"
+	@echo "make lint          check style"
+	@echo "make clean         remove what these made"
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +24,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-eval: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lm-eval==0.4.13 lmms-eval==0.7.3
+	$(VENV)/bin/python -m pytest tests/test_evaluation.py $(PYTEST_ARGS)
+
+test-lowest:
+	$(PYTHON) scripts/lowest_versions.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -335,7 +335,7 @@ def can_read_last(decoder: nn.Module, layer: nn.Module, cache: Cache | None) -> 
     Not where something else runs the layer's `forward` (weights that come and go with it, gradient checkpointing), and
     not where a cache holds something other than the keys and values that it is given.
     """
-    is_wrapped = "forward" in vars(layer) or layer._forward_pre_hooks
+    is_wrapped = "forward" in layer.__dict__ or layer._forward_pre_hooks
     is_checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
     is_plain = cache is None or (
         type(cache.layers[layer.self_attn.layer_idx]) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)

@@ -2,8 +2,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Processor of DPVR-LF: prompts and pixels as the original LLaVA-1.5 has them, and token types to route by."""
 
+import torch
 from transformers import LlavaImageProcessorPil, LlavaProcessor
-from transformers.image_utils import is_pil_image, is_valid_image, load_image, make_flat_list_of_images
+from transformers.image_utils import get_image_size, is_pil_image, is_valid_image, load_image
+
+DOWNLOAD_SECONDS = 60  # without a byte, after which an image's URL is given up
 
 # The conversation that LLaVA-1.5 was trained on ("vicuna_v1" in github.com/haotian-liu/LLaVA, llava/conversation.py)
 CHAT_TEMPLATE = r"""
@@ -63,34 +66,150 @@ def _flatten(images) -> list:
     return [image for item in items for image in (item if getattr(item, "ndim", 3) == 4 else [item])]
 
 
-def _read_image(image, name: str):
-    """Loads an image and makes it RGB as LLaVA does, by dropping alpha; arrays and tensors keep their values."""
+def _deal(images: list, counts: list[int]) -> list[list]:
+    """Deals a flat list of images to prompts that want `counts` of them; the last takes what nobody wants."""
+    starts = [sum(counts[:row]) for row in range(len(counts))]
+    return [images[start:end] for start, end in zip(starts, [*starts[1:], len(images)], strict=True)]
+
+
+def _shorten(text: str, length: int = 300) -> str:
+    """`text` without its middle if it is longer, as a message is that quotes an image in base64."""
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
+def _decode(image, name: str, max_pixels: int):
+    """A picture or its source as an upright RGB picture of 8 bits a channel, made so as the original LLaVA does, by
+    dropping alpha."""
+    if is_pil_image(image):
+        if image.mode[0] in "IF" and image.mode != "I;16":
+            raise ValueError(f"{name} is of mode {image.mode}, whose range is not known here. Convert it to RGB.")
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{name} is {image.width} x {image.height} pixels, more than {max_pixels:,}.")
     try:
-        if isinstance(image, str):
-            image = load_image(image)
-        if is_pil_image(image):
-            image = image.convert("RGB")  # decodes the file: the first moment at which a broken one shows
-            image.info.pop("transparency", None)  # a colour that would be made white
+        if is_pil_image(image) and image.mode == "I;16":
+            image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut what is above 255
+        image = load_image(image, timeout=DOWNLOAD_SECONDS)  # decodes: the first moment at which a broken one shows
     except Exception as error:  # codecs and networks fail in ways that have no common class
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    if not is_valid_image(image):
+        raise ValueError(f"{name} cannot be read: {_shorten(f'{type(error).__name__}: {error}')}") from error
+    image.info.pop("transparency", None)  # a colour that would be made white
+    return image
+
+
+def _read_array(image, name: str, input_data_format=None):
+    """An array or tensor as an array of shape (1 or 3, H, W), its values unchanged; alpha is dropped. With an
+    `input_data_format` the shape is left alone."""
+    if isinstance(image, torch.Tensor):
+        try:
+            image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} is a tensor without plain values: {_shorten(str(error))}") from error
+    if image.dtype.kind not in "uif":
+        raise ValueError(f"{name} is of {image.dtype}; give uint8, or floats with `do_pad=False`.")
+    if 0 in image.shape:
+        raise ValueError(f"{name} has no pixels.")
+    low, high = image.min(), image.max()
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise ValueError(f"{name} holds values that are NaN or infinite.")
+    if image.dtype.kind in "ui" and (low < 0 or high > 255):
+        raise ValueError(f"{name} holds values from {low} to {high}; give whole numbers from 0 to 255.")
+    if image.ndim == 2:
+        return image[None]
+    if input_data_format is not None:
+        return image
+    ends = (image.shape[0], image.shape[-1]) if image.ndim == 3 else ()
+    if not {1, 3, 4} & set(ends):
+        raise ValueError(
+            f"{name} is of shape {tuple(image.shape)}; give (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels C."
+        )
+    # Three channels are likelier than a picture of 1 or 4 pixels; where either end could hold them, the first does
+    is_last = (ends[1] == 3 and ends[0] != 3) or not {ends[0]} & {1, 3, 4}
+    return (image.transpose(2, 0, 1) if is_last else image)[:3]
+
+
+def _read_image(image, name: str, max_pixels: int, input_data_format=None):
+    """Any image as what LLaVA's image processor takes, with a ValueError that begins with `name` if it is none."""
+    if isinstance(image, str) or is_pil_image(image):
+        image = _decode(image, name, max_pixels)
+    elif is_valid_image(image):
+        image = _read_array(image, name, input_data_format)
+    else:
         raise ValueError(
             f"{name} is a {type(image).__name__}; give a PIL image, an array or tensor of shape (H, W), (H, W, C) or "
             "(C, H, W), or a path, URL or base64 string."
         )
-    if 0 in (image.size if is_pil_image(image) else image.shape):
+    if is_pil_image(image) and 0 in image.size:
         raise ValueError(f"{name} has no pixels.")
-    return image if is_pil_image(image) or image.ndim != 2 else image[None]
+    return image
 
 
-def _read_images(images) -> list:
-    """A flat list of images, or one list per prompt if `images` is given like that."""
+def _named(images: list) -> list[tuple[str, object]]:
+    """Each image with what messages call it."""
     if not _is_nested(images):
-        return [_read_image(image, f"Image {index}") for index, image in enumerate(_flatten(images))]
+        return [(f"Image {index}", image) for index, image in enumerate(images)]
     return [
-        [_read_image(image, f"Image {index} of prompt {row}") for index, image in enumerate(_flatten(images_of_row))]
+        (f"Image {index} of prompt {row}", image)
         for row, images_of_row in enumerate(images)
+        for index, image in enumerate(images_of_row)
     ]
+
+
+def _check_prompts(text: list) -> None:
+    """Refuses what no tokenizer takes, with the row that holds it."""
+    if not text:
+        raise ValueError("`text` is an empty list; give at least one prompt.")
+    for row, prompt in enumerate(text):
+        if not isinstance(prompt, str):
+            raise ValueError(f"Prompt {row} is a {type(prompt).__name__}, not a string.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Prompt {row} holds {prompt[error.start]!a} at position {error.start}: half of a surrogate pair, "
+                "which is no character."
+            ) from error
+
+
+def _check_content(message, name: str, typed: str | None) -> None:
+    """Refuses a message that is no message, and the string `typed` in a text part. `name` is as in "message 0"."""
+    if not hasattr(message, "items") or not isinstance(message.get("role"), str):
+        raise ValueError(f"The {name} is not a dict with a `role` and `content`, but {_shorten(repr(message))}.")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"The {name} has a {type(content).__name__} for `content`; give a string or a list of parts.")
+    for index, part in enumerate(content):
+        if not hasattr(part, "items") or not isinstance(part.get("type"), str):
+            raise ValueError(f"Part {index} of {name} is not a dict with a `type`, but {_shorten(repr(part))}.")
+        if part["type"] in ("audio", "video"):
+            raise ValueError(f"Part {index} of {name} is of type {part['type']}; give text and images only.")
+        if part["type"] != "text":
+            continue
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"Part {index} of {name} is of type text, but its `text` is no string.")
+        if typed and typed in part["text"]:
+            raise ValueError(
+                f"Part {index} of {name} is text that holds {typed}, which would stand for an image. Give images as "
+                f'parts ({{"type": "image", "image": ...}}) and take {typed} out of the text.'
+            )
+
+
+def _check_conversations(conversation, typed: str | None) -> None:
+    """`_check_content` for each message of one conversation, or of a list of them."""
+    if not isinstance(conversation, (list, tuple)) and not hasattr(conversation, "messages"):
+        raise ValueError(f"The conversation is a {type(conversation).__name__}; give a list of messages.")
+    if isinstance(conversation, (list, tuple)) and not conversation:
+        raise ValueError("The conversation is empty; give at least one message.")
+    is_one = hasattr(conversation, "messages") or not (
+        isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    )
+    for row, messages in enumerate([conversation] if is_one else conversation):
+        messages = getattr(messages, "messages", messages)
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"Conversation {row} is {_shorten(repr(messages))}; give a list of at least one message.")
+        for index, message in enumerate(messages):
+            _check_content(message, f"message {index} of conversation {row}", typed)
 
 
 def _with_square_padding(image_processor) -> LlavaImageProcessorPil:
@@ -140,6 +259,9 @@ class DPVRProcessor(LlavaProcessor):
     """
 
     return_mm_token_type_ids = True
+    # As many as Pillow opens without a warning (it opens none of twice as many). An image may have no more, nor may it
+    # grow to more where it is padded or resized.
+    max_image_pixels = 89_478_485
 
     def __init__(
         self,
@@ -217,10 +339,14 @@ class DPVRProcessor(LlavaProcessor):
         Args:
             images: An image, a list of images, or a list with one list (or None) per prompt. A flat list is dealt to
                 the prompts in order; None and lists with nothing in them mean no image. An image is a PIL image, an
-                array or tensor of shape (H, W), (H, W, C) or (C, H, W), or a path, URL or base64 string. As in LLaVA,
-                a PIL image loses its alpha channel and is not rotated by EXIF; what is loaded here is turned upright.
+                array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, or a path, URL or
+                base64 string. Alpha is dropped, as in LLaVA; of an animation the frame shown is taken, which is the
+                first of a file. Unlike in LLaVA, a picture that EXIF says to turn is turned upright, whether it is
+                opened here or not, as transformers' pipelines do. A PIL image of 16 bits is scaled to 8 (a file that
+                is opened here is clipped to white, by Pillow). Arrays and tensors hold whole numbers from 0 to 255,
+                or, with `do_pad=False`, floats.
             text (`str` or `list[str]`): Prompts, with one `<image>` per image. The processor repeats it; a prompt that
-                has it repeated already is refused.
+                has it repeated already is refused, as is one of more tokens than `tokenizer.model_max_length`.
             videos, audio: None or empty.
             kwargs: Those of the tokenizer and the image processor: `return_tensors`, `padding`, `truncation`,
                 `max_length`, `do_pad`, ...
@@ -233,34 +359,72 @@ class DPVRProcessor(LlavaProcessor):
             - **pixel_values** (float32, (N, 3, H, W)), if there are images; H x W is the size the vision tower takes.
 
         Raises:
-            ValueError: if a prompt and its images differ in number, an image cannot be read, truncation cuts into an
-                image, or there are videos or audio.
+            ValueError: names the prompt, counted from 0, and both numbers if it and its images differ in number, if
+                truncation cuts into an image, or if it is longer than the context; names the image, and its prompt,
+                if it cannot be read or has too many pixels. Also for prompts that hold no text or no characters, and
+                for videos and audio.
         """
         for name, value in (("videos", videos), ("audio", audio), ("audios", kwargs.pop("audios", None))):
             if not _is_none(value):
                 raise ValueError(f"`{name}` is not empty; {type(self).__name__} takes images and text only.")
         return super().__call__(images=None if _is_none(images) else images, text=text, **kwargs)
 
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        r"""
+        As in transformers, for one conversation or a list of them.
+
+        A text part must not hold `image_token`: its images are parts too, and one that a user typed would be taken for
+        another image, or take its place. A message whose content is one string may write it, as LLaVA's data do; its
+        images are then given to the processor. `sanitize_control_tokens=True` makes it plain text instead, with a
+        chat template that writes all special tokens.
+
+        Raises:
+            ValueError: names the message and the conversation, counted from 0, if there is an image token in a text
+                part, or if it is none that the template takes; and as in `__call__`.
+        """
+        typed = None if kwargs.get("sanitize_control_tokens") else self.image_token
+        _check_conversations(conversation, typed)
+        try:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        except Exception as error:
+            if type(error).__module__ != "jinja2.exceptions":
+                raise
+            raise ValueError(f"The chat template does not take the conversation: {error}") from error
+
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        images = None if images is None else _read_images(images)
+        if text is not None:
+            if isinstance(text, dict) or not hasattr(text, "__iter__"):
+                raise ValueError(f"`text` is a {type(text).__name__}; give a string or a list of strings.")
+            text = [text] if isinstance(text, str) else list(text)
+            _check_prompts(text)
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
+        if images is not None:
+            images = [_flatten(row) for row in images] if _is_nested(images) else _flatten(images)
+            # Of a chat whose typed tokens are marked, images come by conversation
+            if text is not None and not _is_nested(images) and not kwargs.get("sanitize_control_tokens"):
+                images = _deal(images, [prompt.count(self.image_token) for prompt in text])
+            self._check_counts(images, text or [])
+            options = {**kwargs, **kwargs.get("images_kwargs", {})}
+            read = [
+                _read_image(image, name, self.max_image_pixels, options.get("input_data_format"))
+                for name, image in _named(images)
+            ]
+            images = _deal(read, list(map(len, images))) if _is_nested(images) else read
+            images = images if read else None  # a list or an array of none
         return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        if text and all(isinstance(prompt, str) for prompt in text):
-            self._check_counts(images or [], text)
+        if text and images is None:
+            self._check_counts([[] for _ in text], text)
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def _check_counts(self, images: list, text: list[str]) -> None:
-        wanted = [prompt.count(self.image_token) for prompt in text]
-        if _is_nested(images):
-            if len(images) != len(text):
-                raise ValueError(f"`images` has {len(images)} lists for {len(text)} prompts; give one per prompt.")
-            given = [len(row) for row in images]
-        else:
-            given = [max(0, min(n, len(images) - sum(wanted[:row]))) for row, n in enumerate(wanted)]
-            given[-1] += len(images) - sum(given)  # nobody's images count as the last prompt's
-        for row, (n_wanted, n_given) in enumerate(zip(wanted, given, strict=True)):
+        if not text or not _is_nested(images):
+            return
+        if len(images) != len(text):
+            raise ValueError(f"`images` has {len(images)} lists for {len(text)} prompts; give one per prompt.")
+        for row, (prompt, images_of_row) in enumerate(zip(text, images, strict=True)):
+            n_wanted, n_given = prompt.count(self.image_token), len(images_of_row)
             if n_wanted != n_given:
                 raise ValueError(
                     f"Prompt {row} has {n_wanted} {self.image_token} and {n_given} images. Write {self.image_token} "
@@ -268,11 +432,33 @@ class DPVRProcessor(LlavaProcessor):
                 )
 
     def _process_images(self, images, **kwargs):
-        if kwargs.get("do_pad", self.image_processor.do_pad):
-            for index, image in enumerate(make_flat_list_of_images(images)):
-                if "float" in str(getattr(image, "dtype", "")):
-                    raise ValueError(f"Image {index} is of {image.dtype}; padding takes uint8. Or set `do_pad=False`.")
-        return super()._process_images(images, **kwargs)
+        do_pad = kwargs.get("do_pad", self.image_processor.do_pad)
+        for name, image in _named(images):
+            if do_pad and "float" in str(getattr(image, "dtype", "")):
+                raise ValueError(f"{name} is of {image.dtype}; padding takes uint8. Or set `do_pad=False`.")
+            self._check_pixels(name, image, do_pad, kwargs)
+        try:
+            return super()._process_images(images, **kwargs)
+        except (TypeError, ValueError) as error:
+            for name, image in _named(images):
+                try:
+                    super()._process_images([image], **kwargs)
+                except (TypeError, ValueError) as reason:
+                    raise ValueError(f"{name} cannot be processed: {_shorten(str(reason))}") from error
+            raise
+
+    def _check_pixels(self, name: str, image, do_pad: bool, options: dict) -> None:
+        """Refuses an image so long and thin that padded or resized it would fill the memory."""
+        channels = options.get("input_data_format") or "channels_first"
+        width, height = image.size if is_pil_image(image) else get_image_size(image, channels)[::-1]
+        long, short = max(width, height), min(width, height)
+        edge = (options.get("size") or self.image_processor.size).get("shortest_edge")
+        grown = long**2 if do_pad else edge**2 * long // short if edge else 0
+        if max(grown, long * short) > self.max_image_pixels:
+            raise ValueError(
+                f"{name} is {width} x {height} pixels; {'padded to a square' if do_pad else 'resized'} it would have "
+                f"{grown:,}, more than `max_image_pixels` of the processor, {self.max_image_pixels:,}. Cut it."
+            )
 
     def _check_special_mm_tokens(self, text, text_inputs, modalities):
         try:
@@ -286,6 +472,19 @@ class DPVRProcessor(LlavaProcessor):
                         "`max_length` or give fewer images."
                     ) from error
             raise
+        self._check_lengths(text_inputs)
+
+    def _check_lengths(self, text_inputs) -> None:
+        rows = text_inputs.get("attention_mask", text_inputs["input_ids"])
+        for row, values in enumerate(rows.tolist() if hasattr(rows, "tolist") else rows):
+            length = sum(values) if "attention_mask" in text_inputs else len(values)
+            if length == 0:
+                raise ValueError(f"Prompt {row} is empty: it has no token to go on from.")
+            if length > self.tokenizer.model_max_length:
+                raise ValueError(
+                    f"Prompt {row} has {length} tokens, more than the {self.tokenizer.model_max_length} of the "
+                    "context (`tokenizer.model_max_length`). Shorten it, give fewer images, or pass `truncation=True`."
+                )
 
     @property
     def model_input_names(self) -> list[str]:

@@ -76,7 +76,8 @@ def adapter_weights(path: Path, untrained: list[Weight]) -> list[Weight]:
     for key, tensor in read_safetensors(path)[0].items():
         shape = tensor.shape
         match = re.search(r"(?:^|\.)side_branch\.layers\.\d+\..+$", key)
-        name = "model." + match[0].lstrip(".") if match else key
+        # PEFT's LN tuning, which keeps a copy of each module, names its copies by the tuner
+        name = "model." + match[0].lstrip(".").replace(".ln_tuning_layers.", ".") if match else key
         if name not in expected:
             layers = len({weight.name.split(".")[3] for weight in untrained})
             raise ConversionError(

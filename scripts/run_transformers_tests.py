@@ -20,7 +20,12 @@ from xml.etree import ElementTree
 import torch
 import transformers
 
-SUITE = Path(__file__).resolve().parents[1] / "tests" / "transformers_suite.py"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.tables import markdown
+
+SUITE = ROOT / "tests" / "transformers_suite.py"
 PAIRS = {
     "its tests of LLaVA": ("LlavaForConditionalGenerationModelTest", "DPVRForConditionalGenerationModelTest"),
     "its tester of vision-language models": ("LlavaVLMTest", "DPVRVLMTest"),
@@ -78,6 +83,22 @@ def compare(results: dict[str, dict[str, str]]) -> dict:
         }
         record[title] = {**counts, "passed by LLaVA alone": lost}
     return record
+
+
+def table(record: dict) -> str:
+    """What `--output` wrote, as Markdown."""
+    rows = []
+    for title in PAIRS:
+        pair = record[title]
+        counts = [
+            ", ".join(f"{pair[model].get(outcome, 0)} {outcome}" for outcome in ("passed", "skipped", "failed"))
+            for model in ("LLaVA", "DPVR")
+        ]
+        lost = [
+            f"`{test}` ({reason.removeprefix('skipped: ')})" for test, reason in pair["passed by LLaVA alone"].items()
+        ]
+        rows.append([title, *counts, "; ".join(lost)])
+    return markdown(["transformers'", "LLaVA", "DPVR", "passed by LLaVA alone"], rows)
 
 
 def main() -> int:

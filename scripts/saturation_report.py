@@ -25,6 +25,8 @@ import saturation_rule
 from PIL import Image
 from saturation_rule import AnalysisError
 
+from benchmarks.tables import markdown
+
 INK, FAINT = "#222222", "#8a8a8a"
 # Okabe and Ito's colours, which people of every kind of colour vision tell apart; a dark page has lighter ones
 SERIES = {"vision": "#d55e00", "text": "#0072b2", "third": "#009e73", "fourth": "#aa4499"}
@@ -203,6 +205,28 @@ def svg_of(figure, name: str) -> str:
     with plt.rc_context({"svg.hashsalt": name}):  # ids that differ between the plots of a page, and not between runs
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
+
+
+def table(record: dict, routed: dict) -> str:
+    """Attention and KL by layer of the embedded model, and what its trained side branch makes of the KL."""
+    curves = {name: record["curves"][name]["mean"] for name in ("attention", "withdrawal", "routing")}
+    trained = routed["curves"]["routing_own"]["mean"]
+
+    def cells(values: list[float | None], digits: str) -> list[str]:
+        return ["" if value is None else format(value, digits) for value in values]
+
+    shares = {entry["saturation_layer"]: entry["flops_ratio"] for entry in record["cost"]}
+    layers = range(len(trained))
+    return markdown(
+        ["layer", *map(str, layers)],
+        [
+            ["text-to-image attention", *cells(curves["attention"], ".2f")],
+            ["KL if vision is removed from here on, nats", *cells(curves["withdrawal"], ".2g")],
+            ["KL if it is routed from here on, untrained", *cells(curves["routing"], ".2g")],
+            ["the same, side branch trained", *cells(trained, ".2g")],
+            ["decoder FLOPs if it is routed from here on", *cells([shares.get(i) for i in layers], ".0%")],
+        ],
+    )
 
 
 def draw_overview(path: Path, runs: list[dict]) -> None:

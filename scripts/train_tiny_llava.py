@@ -2,6 +2,8 @@
 # Copyright 2026 The DPVR-LF authors. Licensed under the Apache License, Version 2.0.
 """Train `examples/tiny-llava`: a small LLaVA that reads grids of handwritten digits (`examples/digits.py`).
 
+`--layers` and `--hidden-size` train a larger one, such as `examples/tiny-llava-12`.
+
 Three phases, as for LLaVA itself. The vision tower learns alone which digit each patch belongs to and where the patch
 is. The decoder learns alone, from text, to count and compare the digits that an answer has named. Then the tower is
 frozen, and projector and decoder learn from conversations of many questions about one image, with a loss on the
@@ -12,6 +14,7 @@ Shape letters: B images or conversations, T tokens of a conversation, P image pa
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import shutil
@@ -25,6 +28,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import (
     AutoProcessor,
@@ -62,9 +66,11 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 PATCH_PIXELS = 8
 PATCHES_PER_SIDE = task.IMAGE_PIXELS // PATCH_PIXELS
-HIDDEN_SIZE = 128
-DECODER_LAYERS = 8
+NUM_HEADS = 4
 TOWER_LAYERS = 5  # the projector reads the last but one, as LLaVA's does
+
+# A CPU without bfloat16 instructions emulates it, at a tenth of the speed of float32
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 TOWER_BATCH = 64
 TEXT_LINES, TEXT_BATCH = 12, 16
@@ -129,22 +135,23 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast, layers: int, hidden_size: int) -> LlavaConfig:
+    """A LLaVA of `layers` decoder layers; vision tower and decoder are `hidden_size` wide."""
     vision_config = CLIPVisionConfig(
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=4 * HIDDEN_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
         num_hidden_layers=TOWER_LAYERS,
-        num_attention_heads=4,
+        num_attention_heads=NUM_HEADS,
         image_size=task.IMAGE_PIXELS,
         patch_size=PATCH_PIXELS,
-        projection_dim=HIDDEN_SIZE,
+        projection_dim=hidden_size,
     )
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=3 * HIDDEN_SIZE,
-        num_hidden_layers=DECODER_LAYERS,
-        num_attention_heads=4,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=NUM_HEADS,
         max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -170,7 +177,7 @@ def init_decoder(model: LlavaForConditionalGeneration) -> None:
             continue
         std = weight.shape[1] ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std *= (2 * DECODER_LAYERS) ** -0.5
+            std *= (2 * model.config.text_config.num_hidden_layers) ** -0.5
         elif "embed_tokens" in name:
             std = 0.3
         elif "lm_head" in name:
@@ -247,7 +254,7 @@ def tower_accuracy(model, heads, processor, seed: int) -> float:
 def train_tower(model, processor, args, rng: np.random.Generator, generator: torch.Generator) -> float:
     """Teach every patch its digit, row and column with linear heads that are thrown away."""
     tower = model.model.vision_tower
-    heads = torch.nn.Linear(HIDDEN_SIZE, 10 + 2 * PATCHES_PER_SIDE)
+    heads = torch.nn.Linear(tower.config.hidden_size, 10 + 2 * PATCHES_PER_SIDE)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.tower_steps))
@@ -257,7 +264,7 @@ def train_tower(model, processor, args, rng: np.random.Generator, generator: tor
     for step in bar:
         grids = [task.make_grid(rng, "train") for _ in range(TOWER_BATCH)]
         targets = patch_targets(grids)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
             logits = heads(patch_features(model, training_images(grids, processor, generator))).float()
         digit, row, column = logits.split([10, PATCHES_PER_SIDE, PATCHES_PER_SIDE], dim=-1)
         loss = functional.cross_entropy(digit.flatten(0, 1), targets.flatten(), label_smoothing=0.05)
@@ -282,6 +289,15 @@ def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class KeepFloat32(TorchFunctionMode):
+    """Muon orthogonalizes its updates in bfloat16. Within this mode `Tensor.bfloat16` copies in float32 instead."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.bfloat16:
+            return args[0].float().clone()
+        return func(*args, **(kwargs or {}))
 
 
 def make_optimizers(model) -> list[torch.optim.Optimizer]:
@@ -309,14 +325,15 @@ def descend(model, loss: torch.Tensor, optimizers: list, schedules: list) -> Non
     loss.backward()
     torch.nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.requires_grad], 1.0)
     for optimizer, schedule in zip(optimizers, schedules, strict=True):
-        optimizer.step()
+        with contextlib.nullcontext() if HAS_BFLOAT16 else KeepFloat32():
+            optimizer.step()
         optimizer.zero_grad()
         schedule.step()
 
 
 def answer_logits(model, ids: torch.Tensor, mask: torch.Tensor, **inputs) -> torch.Tensor:
     """Logits (N, V) that predict the tokens `ids[mask]`. ids, mask (B, T)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
         hidden = model.model(input_ids=ids, **inputs).last_hidden_state
         return model.lm_head(hidden[:, :-1][mask[:, 1:]]).float()
 
@@ -495,7 +512,7 @@ def evaluate(directory: Path, seed: int, n_per_kind: int) -> dict:
 
 def train(args, processor) -> tuple[LlavaForConditionalGeneration, dict]:
     """The trained model and what the two phases report."""
-    model = LlavaForConditionalGeneration(build_config(processor.tokenizer))
+    model = LlavaForConditionalGeneration(build_config(processor.tokenizer, args.layers, args.hidden_size))
     init_decoder(model)
     rng = np.random.default_rng(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -540,18 +557,28 @@ def parse_args() -> argparse.Namespace:
         epilog="examples:\n"
         "  python scripts/train_tiny_llava.py                    the weights of examples/tiny-llava\n"
         "  python scripts/train_tiny_llava.py --seed 1 --output /tmp/tiny-llava-1\n"
+        "  python scripts/train_tiny_llava.py --layers 12 --output examples/tiny-llava-12\n"
         "  python scripts/train_tiny_llava.py --tower-steps 5 --text-steps 5 --steps 5 --questions 4 \\\n"
         "      --output /tmp/tiny-llava-smoke\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=ROOT / "examples" / "tiny-llava", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and augmentation (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="of the decoder (default: %(default)s)")
+    parser.add_argument(
+        "--hidden-size", type=int, default=128, help="of tower and decoder, a multiple of 8 (default: %(default)s)"
+    )
     parser.add_argument("--tower-steps", type=int, default=500, help="phase 1 (default: %(default)s)")
     parser.add_argument("--text-steps", type=int, default=300, help="phase 2 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="phase 3 (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=1000, help="evaluated, of each kind (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
+    if args.layers < 1:
+        parser.error(f"--layers must be at least 1, got {args.layers}")
+    step = 2 * NUM_HEADS  # rotary embedding splits the size of a head in two
+    if args.hidden_size < step or args.hidden_size % step:
+        parser.error(f"--hidden-size must be a multiple of {step} ({NUM_HEADS} heads), got {args.hidden_size}")
     # the directory is replaced as a whole: one that this script did not write must not be lost
     if args.output.exists() and not (args.output / "training.json").exists():
         parser.error(f"--output {args.output} exists and holds no training.json: not a directory of this script")
@@ -572,6 +599,8 @@ def main() -> None:
         results = evaluate(directory, seed=args.seed + 1000, n_per_kind=args.questions)
         record = {
             "seed": args.seed,
+            "layers": args.layers,
+            "hidden_size": args.hidden_size,
             "tower_steps": args.tower_steps,
             "text_steps": args.text_steps,
             "steps": args.steps,

@@ -10,6 +10,8 @@ from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from tiny import NUM_LAYERS, DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
 from transformers import MistralConfig, Qwen2Config
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 from read_weights import Weight
 from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights
@@ -212,6 +214,10 @@ def test_several_adapters_are_switched_and_disabled_on_one_base(saved):
 
 
 def test_a_side_branch_adapter_is_switched_disabled_and_enabled_by_transformers_own_methods(tmp_path):
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers' own methods refuse this PEFT: {error}")
     expected = []
     for seed in (1, 2):
         model = add_adapter(make_base())

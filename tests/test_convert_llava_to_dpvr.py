@@ -369,7 +369,7 @@ def test_summary(tmp_path, source):
         "fusion": "5",
     }
     assert (summary.vision_tokens, summary.text_tokens) == (4, 64)
-    positions = 3 * 68 + 3 * 64 + 4  # joint and fusion, text-only, side branch
+    positions = 3 * 68 + 3 * 64  # joint and fusion, text-only
     assert summary.cache_ratio == pytest.approx(positions / (6 * 68))
     assert 0.8 < summary.flops_ratio < 1
     text = str(summary)

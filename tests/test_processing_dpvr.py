@@ -12,7 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import make_dpvr, text_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny_processor import (
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    PATCH,
+    PROCESSOR,
+    SIZE,
+    TOKENS,
+    make_processor,
+    make_tokenizer,
+    noise,
+    original_pixels,
+)
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoProcessor,
     CLIPImageProcessor,
@@ -24,13 +38,6 @@ from transformers import (
 )
 
 from processing_dpvr import CHAT_TEMPLATE, DPVRProcessor
-
-SIZE, PATCH = 16, 8
-TOKENS = (SIZE // PATCH) ** 2  # of one image
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-PAD, BOS, EOS, UNK, IMAGE = range(5)
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -46,35 +53,8 @@ LLAVA_HF_TEMPLATE = (
 )
 
 
-def make_tokenizer(**options) -> PreTrainedTokenizerFast:
-    """One token per byte, `<s>` in front, and five special tokens: decoding gives back every prompt."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + alphabet)}
-    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{**names, **options})
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    return tokenizer
-
-
 def clip(size=SIZE, **options):
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **options)
-
-
-def make_processor(**options) -> DPVRProcessor:
-    return DPVRProcessor.from_llava(make_tokenizer(), image_size=SIZE, patch_size=PATCH, **options)
-
-
-PROCESSOR = make_processor()
-
-
-def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    image = Image.fromarray(values, "RGBA")
-    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
 
 
 IMAGE_1, IMAGE_2 = noise(9, 4, seed=1), noise(5, 11, seed=2)
@@ -94,19 +74,6 @@ def save_llava_hf(folder, image_processor=None, **tokenizer_options) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ pixels
-
-
-def original_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """The original's pipeline, stated again: RGB, mean-coloured square, image in its middle, bicubic, normalised."""
-    pixels = np.asarray(image.convert("RGB"))
-    height, width = pixels.shape[:2]
-    side = max(height, width)
-    square = np.empty((side, side, 3), dtype=np.uint8)
-    square[:] = [122, 116, 104]  # 255 times CLIP's mean, cut to whole numbers
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = pixels
-    resized = np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
-    return ((resized / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)
 
 
 def assert_same_pixels(processor, image, size) -> None:
@@ -174,7 +141,7 @@ def test_arrays_and_tensors_give_the_pixels_of_the_image_they_hold():
 
 def test_float_images_are_refused_where_the_padding_colour_would_be_wrong():
     image = torch.rand(3, 4, 9)
-    with pytest.raises(ValueError, match=r"Image 1 is of torch.float32.*uint8.*do_pad=False"):
+    with pytest.raises(ValueError, match=r"Image 1 of prompt 0 is of float32.*uint8.*do_pad=False"):
         PROCESSOR(images=[IMAGE_1, image], text="<image><image>")
     inputs = PROCESSOR(images=image, text="<image>", do_pad=False, do_rescale=False, return_tensors="pt")
     assert inputs.pixel_values.shape == (1, 3, SIZE, SIZE)
@@ -245,12 +212,12 @@ def test_system_message_replaces_the_default_sentence(system):
     [
         ([{"role": "tool", "content": "x"}], "message 0 is of role tool"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "message 1 is of role system"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "role user cannot hold video"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "Part 0 of message 0 of conversation 0 is of type video"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "role assistant cannot hold image"),
     ],
 )
 def test_template_refuses_what_llava_has_no_form_for(messages, error):
-    with pytest.raises(Exception, match=error):
+    with pytest.raises(ValueError, match=error):
         PROCESSOR.apply_chat_template(messages)
 
 
@@ -392,7 +359,7 @@ def broken_image_files(folder) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["cut.png", "text.png", "missing.png"])
 def test_unreadable_image_file_is_named(name, tmp_path):
     path = broken_image_files(tmp_path)[name]
-    with pytest.raises(ValueError, match="Image 1 cannot be read"):
+    with pytest.raises(ValueError, match="Image 1 of prompt 0 cannot be read"):
         PROCESSOR(images=[IMAGE_1, path], text="<image><image>")
     with pytest.raises(ValueError, match="Image 0 of prompt 1 cannot be read"):
         PROCESSOR(images=[[IMAGE_1], [path]], text=["<image>", "<image>"])
@@ -400,13 +367,17 @@ def test_unreadable_image_file_is_named(name, tmp_path):
 
 def test_image_that_breaks_while_it_is_decoded_is_named(tmp_path):
     path = broken_image_files(tmp_path)["cut.png"]
-    with Image.open(path) as image, pytest.raises(ValueError, match="Image 1 cannot be read"):
+    with Image.open(path) as image, pytest.raises(ValueError, match="Image 1 of prompt 0 cannot be read"):
         PROCESSOR(images=[IMAGE_1, image], text="<image><image>")
 
 
 @pytest.mark.parametrize(
     ("image", "error"),
-    [(b"x", "Image 1 is a bytes"), (3, "Image 1 is a int"), (np.zeros((0, 4, 3), np.uint8), "Image 1 has no pixels")],
+    [
+        (b"x", "Image 1 of prompt 0 is a bytes"),
+        (3, "Image 1 of prompt 0 is a int"),
+        (np.zeros((0, 4, 3), np.uint8), "Image 1 of prompt 0 has no pixels"),
+    ],
 )
 def test_what_is_no_image_is_named(image, error):
     with pytest.raises(ValueError, match=error):

@@ -1,0 +1,592 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+Accuracy against cost: dense LLaVA, DPVR, FastV, VTW and PyramidDrop on the embedded LLaVAs.
+
+Every method answers the same held-out questions about digits that nothing was trained on. A seed decides the
+questions, and for a trained DPVR the order of its training conversations too. DPVR stands here untrained (the identity
+side branch that the converter writes) and trained (`training/staged.py`: distilled from the dense model, all else
+frozen), at every saturation layer; VTW at every layer; FastV and PyramidDrop over their ranges.
+
+An answer is right only as a whole. Greedy generation gives it where at each of its tokens, the end included, the most
+likely next token is the right one, so one teacher-forced pass tells; which vision tokens remain, the prompt's last
+token decides there too, as in generation. `tests/test_quality.py` holds both ways against each other.
+
+Costs are those of the formulas in `accounting.py` and `baselines.py`, for the lengths of the prompts that were asked:
+FLOPs of the decoder for the prompt, and bytes of the KV cache after it.
+
+All methods share the dense model's layers up to where they leave it, so these are computed once. Each result is
+written as it is there; an interrupted run goes on where it was.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+
+import digits as task
+from train_tiny_llava import LONG_BATCH, conversation_text, sample_batch, to_pixel_values, versions
+
+from benchmarks import accounting, baselines
+from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
+from benchmarks.side_branch_seeds import labelled, mean_interval, text_batch, write_results
+from benchmarks.side_branch_seeds import train as train_side_branch
+from benchmarks.tables import markdown
+from configuration_dpvr import DPVRConfig
+from convert_llava_to_dpvr import convert
+from training.staged import Features, StagedModel, predicts, split_rows
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+FIGURE = ROOT / "figures" / "quality.png"
+MODELS = ("tiny-llava", "tiny-llava-12")
+SETTINGS = ("questions", "steps", "batch_size", "learning_rate", "pool")
+FASTV_RATIOS = (0.25, 0.5, 0.75, 0.9)
+PYRAMID_SHARES = (0.5, 0.25)
+VISION_HEAVY = ("count", "describe")
+FIRST_QUESTION_SEED = 2000  # other questions than those that trained and chose anything
+
+
+# The methods
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A DPVR: its saturation layer, whether its side branch is trained, and the numbers of side and fusion layers."""
+
+    saturation_layer: int
+    trained: bool
+    num_side_layers: int = 1
+    num_fusion_layers: int = 1
+
+
+def name_of(routing: Routing) -> str:
+    name = f"dpvr/{routing.saturation_layer}/{'trained' if routing.trained else 'untrained'}"
+    if routing.num_side_layers > 1:
+        name += f"/{routing.num_side_layers} side layers"
+    if routing.num_fusion_layers > 1:
+        name += f"/{routing.num_fusion_layers} fusion layers"
+    return name
+
+
+def fractions(num_layers: int, *shares: float) -> list[int]:
+    """Layers at these shares of the depth, each once."""
+    return sorted({max(1, round(share * num_layers)) for share in shares})
+
+
+def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]:
+    """All methods by name. PyramidDrop's layers are at the authors' shares of the depth, at later and at earlier ones;
+    the variants of DPVR stand where vision leaves early, which is where it costs accuracy."""
+    found: dict[str, tuple[baselines.Stage, ...] | Routing] = {"dense": ()}
+    for layer in range(1, num_layers):
+        found[f"vtw/{layer}"] = vtw(layer)
+    for layer in fractions(num_layers, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4):
+        for ratio in FASTV_RATIOS:
+            found[f"fastv/{layer}/{ratio}"] = fastv(layer, ratio)
+    for shares in ((1 / 4, 1 / 2, 3 / 4), (1 / 8, 1 / 4, 1 / 2), (1 / 2, 5 / 8, 3 / 4)):
+        layers = tuple(fractions(num_layers, *shares))
+        for share in PYRAMID_SHARES:
+            found[f"pyramid/{'-'.join(map(str, layers))}/{share}"] = pyramid_drop(layers, share)
+    routings = [Routing(layer, trained) for trained in (False, True) for layer in range(1, num_layers)]
+    for layer in fractions(num_layers, 1 / 8, 1 / 4):
+        routings += [Routing(layer, True, num_fusion_layers=2), Routing(layer, True, num_side_layers=2)]
+    return found | {name_of(routing): routing for routing in routings}
+
+
+def routed_config(dense_config, routing: Routing) -> DPVRConfig:
+    fields = dense_config.to_dict()
+    del fields["model_type"]
+    return DPVRConfig(
+        **fields,
+        saturation_layer=routing.saturation_layer,
+        num_side_layers=routing.num_side_layers,
+        num_fusion_layers=routing.num_fusion_layers,
+    )
+
+
+def prompt_cost(dense_config, method, vision_tokens: int, text_tokens: int) -> tuple[int, int]:
+    """FLOPs of the decoder for one prompt, and bytes of the KV cache after it in 16 bit."""
+    if isinstance(method, Routing):
+        config = routed_config(dense_config, method)
+        flops = accounting.prefill_flops(config, vision_tokens, text_tokens, skip_unread_vision=True)
+        held = sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
+    else:
+        flops = baselines.prefill_flops(dense_config, method, vision_tokens, text_tokens)
+        held = baselines.cache_bytes(dense_config, method, vision_tokens, text_tokens)
+    return flops.decoder, held
+
+
+def relative_cost(dense_config, method, lengths: dict[int, int]) -> tuple[float, float]:
+    """FLOPs and bytes as shares of the dense model's. Prompts hold one image; `lengths` counts their text tokens."""
+    vision_tokens = accounting.tokens_per_image(dense_config)
+    totals = np.zeros((2, 2))
+    for text_tokens, number in lengths.items():
+        for row, each in zip(totals, (method, ()), strict=True):
+            row += number * np.array(prompt_cost(dense_config, each, vision_tokens, text_tokens))
+    return tuple((totals[0] / totals[1]).tolist())
+
+
+# What all methods start from
+
+
+@dataclass
+class Prepared:
+    """A batch and what the dense model makes of it.
+
+    Attributes:
+        is_vision, attention_mask, labels: `(B, T)`, padded on the right; labels are -100 outside of answers.
+        states: the states `(B, T, D)` that reach each layer, number of layers of them.
+        final_states: `(N, D)`, after the norm, of the tokens that predict the answers'.
+        kind: of the questions, where all rows ask one of the same kind.
+    """
+
+    is_vision: torch.BoolTensor
+    attention_mask: torch.Tensor
+    labels: torch.LongTensor
+    states: list[torch.Tensor]
+    final_states: torch.Tensor
+    kind: str
+
+    @property
+    def last_column(self) -> torch.LongTensor:
+        """`(B,)`, where the prompt ends: the first token that predicts one of the answer."""
+        return predicts(self.labels).to(torch.uint8).argmax(1)
+
+
+@torch.no_grad()
+def prepare(llava, batch: dict[str, torch.Tensor], kind: str = "", dtype: torch.dtype = torch.float32) -> Prepared:
+    """Runs the dense `LlavaForConditionalGeneration` on a batch of `labelled`; states are kept in `dtype`."""
+    batch, labels = dict(batch), batch["labels"]
+    del batch["labels"]
+    outputs = llava.model(**batch, use_cache=False, output_hidden_states=True)
+    return Prepared(
+        is_vision=batch["input_ids"] == llava.config.image_token_id,
+        attention_mask=batch["attention_mask"],
+        labels=labels,
+        states=[state.to(dtype) for state in outputs.hidden_states[:-1]],
+        final_states=outputs.last_hidden_state[predicts(labels)],
+        kind=kind,
+    )
+
+
+def question_batches(processor, seed: int, num_questions: int) -> dict[str, dict[str, torch.Tensor]]:
+    """`num_questions` held-out questions of each kind with their answers; a kind, of similar lengths, is a batch."""
+    pairs = task.make_questions(FIRST_QUESTION_SEED + seed, num_questions, "test")
+    batches = {}
+    for kind in task.KINDS:
+        grids, questions = zip(*(pair for pair in pairs if pair[1].kind == kind), strict=True)
+        ids = text_batch(processor, [conversation_text([question]) for question in questions])["input_ids"]
+        cells = torch.from_numpy(np.stack([grid.cells for grid in grids])).float() / 255
+        batches[kind] = labelled(processor, ids, to_pixel_values(cells, processor))
+    return batches
+
+
+def training_batches(llava, processor, num_batches: int) -> list[Prepared]:
+    """Conversations of many questions each to train side branches on, the same for every saturation layer."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    prepared = []
+    for _ in tqdm(range(num_batches), desc="training conversations", mininterval=5):
+        ids, pixel_values, _ = sample_batch(rng, generator, processor, progress=1.0, short=False)
+        prepared.append(prepare(llava, labelled(processor, ids, pixel_values), dtype=torch.float16))
+    return prepared
+
+
+# Answers
+
+
+def right_answers(logits: torch.Tensor, labels: torch.LongTensor) -> torch.BoolTensor:
+    """Which answers `(B,)` greedy generation gets right. logits `(N, V)` of the tokens that predict the answers'."""
+    answers = predicts(labels)
+    wrong = logits.argmax(-1) != labels[:, 1:][answers[:, :-1]]
+    return torch.bincount(answers.nonzero()[:, 0], wrong.float(), minlength=len(answers)) == 0
+
+
+@torch.no_grad()
+def pruned_accuracy(model: PrunedLlava, stages: tuple[baselines.Stage, ...], batches: list[Prepared]) -> dict:
+    """Accuracy of a baseline, or with no stages of the dense model, by kind."""
+    model.stages = stages
+    accuracy = {}
+    for batch in batches:
+        states = batch.final_states
+        if stages:
+            first = min(stages[0].ranking_layer, stages[0].layer) if stages[0].ranks else stages[0].layer
+            states = model.model.decode(
+                batch.states[first],
+                batch.is_vision,
+                batch.attention_mask,
+                None,
+                DynamicCache(config=model.config.text_config),
+                batch.last_column,
+                first,
+            )[predicts(batch.labels)]
+        accuracy[batch.kind] = right_answers(model.lm_head(states), batch.labels).float().mean().item()
+    return accuracy
+
+
+@torch.no_grad()
+def routed_features(staged: StagedModel, batch: Prepared) -> Features:
+    """What DPVR's side branch and fusion layers start from: the text-only layers are run."""
+    states = batch.states[staged.config.saturation_layer].float()
+    _, text, _ = staged.core.plan_call(states, batch.is_vision, batch.attention_mask, None)
+    states = staged.code.run_stream(staged.layers()[1], states, text)
+    return Features(states, batch.is_vision, batch.attention_mask, batch.labels, batch.final_states)
+
+
+@torch.no_grad()
+def routed_accuracy(staged: StagedModel, batches: list[tuple[Prepared, Features]]) -> dict:
+    staged.eval()
+    accuracy = {}
+    for batch, features in batches:
+        logits = staged.base.lm_head(staged.answer_states(features))
+        accuracy[batch.kind] = right_answers(logits, batch.labels).float().mean().item()
+    return accuracy
+
+
+# The run
+
+
+def read_results(path: Path, settings: dict | None) -> dict:
+    """The results of an earlier run, if it was one with these settings; None takes any."""
+    if not path.exists():
+        return {"settings": settings, "versions": versions(), "models": {}}
+    record = json.loads(path.read_text())
+    if settings is not None and record["settings"] != settings:
+        raise SystemExit(
+            f"{path} was made with {record['settings']}, this run would be with {settings}: choose another --output, "
+            "or delete it."
+        )
+    return record
+
+
+def measure_baselines(llava_folder: Path, found: dict, held_out: list[list[Prepared]], cells: dict, save) -> None:
+    model = PrunedLlava.from_pretrained(llava_folder, dtype=torch.float32).eval()
+    stages = {name: method for name, method in found.items() if not isinstance(method, Routing)}
+    for name in tqdm(stages, desc="baselines"):
+        for seed, batches in enumerate(held_out):
+            if str(seed) not in cells.setdefault(name, {}):
+                cells[name][str(seed)] = pruned_accuracy(model, stages[name], batches)
+        save()
+
+
+def load_routed(llava_folder: Path, routing: Routing, folder: Path) -> StagedModel:
+    """The DPVR that the converter makes, its side branch alone trainable."""
+    path = folder / name_of(routing).replace("/", "-").replace(" ", "-")
+    convert(
+        llava_folder,
+        path,
+        saturation_layer=routing.saturation_layer,
+        num_side_layers=routing.num_side_layers,
+        num_fusion_layers=routing.num_fusion_layers,
+        dtype="float32",
+    )
+    model = AutoModel.from_pretrained(path, trust_remote_code=True).requires_grad_(False)
+    shutil.rmtree(path)
+    model.model.side_branch.requires_grad_(True)
+    return StagedModel(model)
+
+
+def measure_routings(
+    llava_folder: Path,
+    routings: list[Routing],
+    held_out: list[list[Prepared]],
+    pool: list[Prepared],
+    args,
+    cells,
+    save,
+) -> None:
+    """Cells of routings that differ at most in whether they are trained."""
+    with tempfile.TemporaryDirectory(prefix="quality-") as folder:
+        staged = load_routed(llava_folder, routings[0], Path(folder))
+    untrained = {name: weight.clone() for name, weight in staged.core.side_branch.state_dict().items()}
+    features = [[(batch, routed_features(staged, batch)) for batch in batches] for batches in held_out]
+    rows = None
+    for routing in routings:
+        mine = cells.setdefault(name_of(routing), {})
+        for seed, batches in enumerate(features):
+            if str(seed) in mine:
+                continue
+            staged.core.side_branch.load_state_dict(untrained)
+            if routing.trained:
+                rows = rows or [row for batch in pool for row in split_rows(routed_features(staged, batch))]
+                train_side_branch(staged, rows, seed, args)
+            mine[str(seed)] = routed_accuracy(staged, batches)
+            save()
+
+
+def measure(name: str, args, record: dict) -> None:
+    """All cells of one LLaVA that are not there yet."""
+    folder = ROOT / "examples" / name
+    result = record["models"].setdefault(name, {"prompt_lengths": {}, "cells": {}})
+    cells, seeds = result["cells"], range(args.seeds)
+    processor = AutoProcessor.from_pretrained(folder)
+    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    found = methods(llava.config.text_config.num_hidden_layers)
+    missing = {key: method for key, method in found.items() if any(str(s) not in cells.get(key, {}) for s in seeds)}
+    if not missing:
+        return
+
+    def save() -> None:
+        write_results(args.output, record)
+
+    held_out = []
+    for seed in tqdm(seeds, desc=f"{name}: questions", mininterval=5):
+        batches = question_batches(processor, seed, args.questions)
+        held_out.append([prepare(llava, batch, kind) for kind, batch in batches.items()])
+        result["prompt_lengths"][str(seed)] = prompt_lengths(held_out[-1])
+    measure_baselines(folder, missing, held_out, cells, save)
+    groups: dict[tuple, list[Routing]] = {}
+    for method in missing.values():
+        if isinstance(method, Routing):
+            geometry = (method.num_side_layers, method.num_fusion_layers, method.saturation_layer)
+            groups.setdefault(geometry, []).append(method)
+    pool = training_batches(llava, processor, -(-args.pool // LONG_BATCH)) if groups else []
+    for geometry in tqdm(sorted(groups), desc=f"{name}: routings"):
+        measure_routings(folder, groups[geometry], held_out, pool, args, cells, save)
+
+
+def prompt_lengths(batches: list[Prepared]) -> dict[str, int]:
+    """How many prompts have how many text tokens."""
+    counts: Counter[int] = Counter()
+    for batch in batches:
+        counts.update((batch.last_column + 1 - batch.is_vision.sum(1)).tolist())
+    return {str(length): counts[length] for length in sorted(counts)}
+
+
+# What it says
+
+
+@dataclass
+class Entry:
+    """A method's cost as shares of the dense model's, and its accuracy.
+
+    Attributes:
+        flops, kv_bytes: shares.
+        accuracy: by kind, and `"all"` for the mean of the kinds: one value for each seed.
+    """
+
+    model: str
+    name: str
+    flops: float
+    kv_bytes: float
+    accuracy: dict[str, np.ndarray]
+
+    @property
+    def family(self) -> str:
+        """Methods that one curve of the figure joins."""
+        first, *rest = self.name.split("/")
+        return " ".join([first, *rest[1:]]) if first == "dpvr" else first
+
+
+def summarize(record: dict) -> list[Entry]:
+    """All methods whose seeds are all there, with the costs that today's formulas give."""
+    entries = []
+    for model, result in record["models"].items():
+        config = AutoConfig.from_pretrained(ROOT / "examples" / model)
+        lengths: Counter[int] = Counter()
+        for counts in result["prompt_lengths"].values():
+            lengths.update({int(length): number for length, number in counts.items()})
+        seeds = result["prompt_lengths"].keys()
+        for name, method in methods(config.text_config.num_hidden_layers).items():
+            cell = result["cells"].get(name, {})
+            if not seeds <= cell.keys():
+                continue
+            accuracy = {kind: np.array([cell[seed][kind] for seed in seeds]) for kind in task.KINDS}
+            accuracy["all"] = np.mean(list(accuracy.values()), axis=0)
+            entries.append(Entry(model, name, *relative_cost(config, method, lengths), accuracy))
+    return entries
+
+
+def better(entry: Entry, others: list[Entry], cost: str, kind: str) -> Entry | None:
+    """The most accurate of the others that cost no more, if that puts `entry` off the Pareto front."""
+
+    def dominates(other: Entry) -> bool:
+        difference = other.accuracy[kind].mean() - entry.accuracy[kind].mean()
+        saving = getattr(entry, cost) - getattr(other, cost)
+        return other is not entry and saving >= 0 and difference >= 0 and (saving > 0 or difference > 0)
+
+    return max(filter(dominates, others), key=lambda other: other.accuracy[kind].mean(), default=None)
+
+
+def percent(values: np.ndarray) -> str:
+    mean, half = mean_interval(100 * values)
+    return f"{mean:.1f}" if np.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+
+
+def table(entries: list[Entry]) -> str:
+    """A row for each method. Front: F by FLOPs, K by KV bytes, for the mean of all kinds."""
+    rows, header = [], ["LLaVA", "method", "FLOPs %", "KV %", *task.KINDS, "of dense %", "front"]
+    for entry in entries:
+        beside = [other for other in entries if other.model == entry.model]
+        dense = next(other for other in beside if other.name == "dense")
+        front = [
+            letter for letter, cost in (("F", "flops"), ("K", "kv_bytes")) if not better(entry, beside, cost, "all")
+        ]
+        rows.append(
+            [
+                entry.model,
+                entry.name,
+                f"{100 * entry.flops:.1f}",
+                f"{100 * entry.kv_bytes:.1f}",
+                *(percent(entry.accuracy[kind]) for kind in task.KINDS),
+                percent(entry.accuracy["all"] / dense.accuracy["all"]),
+                "".join(front),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def by_layer(record: dict) -> str:
+    """What leaving at each layer does to the vision-heavy kinds: gone for good (VTW), or on the side (DPVR)."""
+    found = {(entry.model, entry.name): entry for entry in summarize(record)}
+    columns = {"VTW": "vtw/{}", "untrained": "dpvr/{}/untrained", "trained": "dpvr/{}/trained"}
+    header = ["LLaVA", "layer", "FLOPs % VTW, DPVR", "KV % VTW, DPVR"]
+    header += [f"{kind}: {column}" for kind in VISION_HEAVY for column in columns]
+    rows = []
+    for model, name in found:
+        family, _, layer = name.partition("/")
+        entries = [found.get((model, column.format(layer))) for column in columns.values()]
+        if family != "vtw" or None in entries:
+            continue
+        costs = [[f"{100 * getattr(e, cost):.0f}" for e in entries[::2]] for cost in ("flops", "kv_bytes")]
+        cells = [percent(entry.accuracy[kind]) for kind in VISION_HEAVY for entry in entries]
+        rows.append([model, layer, *map(", ".join, costs), *cells])
+    return markdown(header, rows)
+
+
+def verdict(entries: list[Entry]) -> str:
+    """Where another method costs a trained DPVR of the paper's shape the Pareto front, and by how much (paired)."""
+    lines = []
+    for model in dict.fromkeys(entry.model for entry in entries):
+        rows = [entry for entry in entries if entry.model == model]
+        routed = [entry for entry in rows if entry.family == "dpvr trained"]
+        others = [entry for entry in rows if not entry.name.startswith("dpvr")]
+        for cost in ("flops", "kv_bytes"):
+            for kind in (*task.KINDS, "all"):
+                behind = [(entry, better(entry, others, cost, kind)) for entry in routed]
+                off = [(entry, other) for entry, other in behind if other is not None]
+                lines.append(f"{model}, {kind} by {cost}: {len(routed) - len(off)} of {len(routed)} on the front")
+                for entry, other in off:
+                    lead = percent(other.accuracy[kind] - entry.accuracy[kind])
+                    lines.append(f"    {entry.name} is behind {other.name} by {lead} points")
+    return "\n".join(lines)
+
+
+FAMILIES = {
+    "dense": ("black", "*", "none", "dense"),
+    "dpvr trained": ("tab:blue", "o", "-", "DPVR, trained"),
+    "dpvr untrained": ("tab:blue", "o", ":", "DPVR, untrained"),
+    "dpvr trained 2 fusion layers": ("tab:cyan", "o", "none", "DPVR, 2 fusion layers, trained"),
+    "dpvr trained 2 side layers": ("tab:purple", "o", "none", "DPVR, 2 side layers, trained"),
+    "vtw": ("tab:red", "s", "-", "VTW"),
+    "fastv": ("tab:orange", "^", "none", "FastV"),
+    "pyramid": ("tab:green", "D", "none", "PyramidDrop"),
+}
+
+
+def plot(entries: list[Entry], path: Path) -> None:
+    """Accuracy over cost: a row for each model and cost, a column for each kind, 95 % intervals over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(entry.model for entry in entries))
+    layout = [(model, cost) for model in models for cost in ("flops", "kv_bytes")]
+    figure, axes = pyplot.subplots(
+        len(layout), len(task.KINDS), figsize=(15, 3.4 * len(layout)), sharey="row", squeeze=False
+    )
+    labels = {"flops": "decoder FLOPs of the prompt, % of dense", "kv_bytes": "KV-cache bytes, % of dense"}
+    for row, (model, cost) in zip(axes, layout, strict=True):
+        for axis, kind in zip(row, task.KINDS, strict=True):
+            for family, (color, marker, line, label) in FAMILIES.items():
+                chosen = [entry for entry in entries if entry.model == model and entry.family == family]
+                chosen.sort(key=lambda entry: getattr(entry, cost))
+                means, halves = np.array([mean_interval(100 * e.accuracy[kind]) for e in chosen]).reshape(-1, 2).T
+                axis.errorbar(
+                    [100 * getattr(entry, cost) for entry in chosen],
+                    means,
+                    np.nan_to_num(halves),
+                    color=color,
+                    marker=marker,
+                    markerfacecolor="white" if line == ":" else color,
+                    linestyle=line,
+                    markersize=9 if marker == "*" else 4,
+                    linewidth=1.2,
+                    elinewidth=0.8,
+                    label=label,
+                )
+            heavy = " (vision-heavy)" if kind in VISION_HEAVY else ""
+            axis.set_title(f"{model}: {kind}{heavy}", fontsize=10)
+            axis.set_xlabel(labels[cost], fontsize=8)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("right answers, %")
+    axes[0, 0].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        epilog="examples:\n"
+        "  python benchmarks/quality.py                       all figures of benchmarks/results/quality.json\n"
+        "  python benchmarks/quality.py --models tiny-llava   the smaller LLaVA alone\n"
+        "  python benchmarks/quality.py --report              table, verdict and plot of what is there so far\n"
+        "  python benchmarks/quality.py --models tiny-llava --seeds 2 --questions 4 --steps 2 --pool 16 \\\n"
+        "      --output /tmp/quality.json --figure /tmp/quality.png\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help="folders of examples/ (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--questions", type=int, default=100, help="of each kind and seed (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of training a side branch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="conversations (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=800, help="conversations to learn from (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="default: %(default)s")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    args = parser.parse_args(arguments)
+    for name in args.models:
+        if not args.report and not (ROOT / "examples" / name / "model.safetensors").exists():
+            layers = name.rpartition("-")[2]
+            parser.error(
+                f"there is no examples/{name}: train it with python scripts/train_tiny_llava.py "
+                f"--layers {layers if layers.isdigit() else 8} --output examples/{name}"
+            )
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    record = read_results(args.output, None if args.report else {name: getattr(args, name) for name in SETTINGS})
+    if not args.report:
+        for name in args.models:
+            measure(name, args, record)
+    entries = summarize(record)
+    print(table(entries))
+    print(verdict(entries))
+    plot(entries, args.figure)
+    print(f"{args.output}, {args.figure}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Fill the README's tables and figures from result files and draw its plots, so that no number is typed by hand.
+
+A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. NAME is one of `TABLES`, or of a benchmark:
+`speed` is `table(record)` of `benchmarks/speed.py`, `speed.decode` its `decode(record)`; both get what
+`benchmarks/results/speed.json` holds and return Markdown.
+
+A figure within a sentence stands between `<!-- value:PATH -->` and `<!-- /value -->`. PATH is the name of a file in
+`benchmarks/results` and the keys and list positions in it, joined by full stops, with a Python format after a bar:
+`<!-- value:conversion.peak_gib|.2f -->1.31<!-- /value -->`. Not at the start of a line, where Markdown would take the
+whole line for HTML.
+
+Plots are drawn into `figures/`. `--check` changes nothing, and fails if the README is not what the result files say.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+
+import digits as task
+import run_transformers_tests
+import saturation_report
+
+from benchmarks.accounting import cache_bytes, dense_config, prefill_flops
+from benchmarks.tables import markdown
+from configuration_dpvr import DPVRConfig
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "figures"
+JOINT, VISION, TEXT, INK = "#8e7cc3", "#e69138", "#3d85c6", "#222222"
+TABLE = re.compile(r"(<!-- begin:(?P<name>[^ ]+) -->\n)(?P<content>.*?)(<!-- end:(?P=name) -->)", re.DOTALL)
+VALUE = re.compile(
+    r"(<!-- value:(?P<path>[^|]+?)(?:\|(?P<format>[^ ]+))? -->)(?P<content>.*?)(<!-- /value -->)", re.DOTALL
+)
+MARKER = re.compile(r"<!-- (?:begin:|end:|value:|/value).*?-->")
+
+
+class ReportError(Exception):
+    """A marker of the README that cannot be filled; the message names it and says what is missing."""
+
+
+def read(path: Path, wanted_by: str):
+    if not path.is_file():
+        raise ReportError(f"README.md shows {wanted_by}, but there is no {path.relative_to(ROOT)}.")
+    return json.loads(path.read_text())
+
+
+def accuracy_table(record: dict) -> str:
+    """Held-out accuracy of the embedded model, from the record of the side branch's training."""
+    held_out = record["held_out"]
+    rows = []
+    for kind in task.KINDS:
+        cells = [
+            "{:.1%} [{:.1%}, {:.1%}]".format(held_out[name][kind]["accuracy"], *held_out[name][kind]["wilson_95"])
+            for name in ("dense", "untrained", "trained")
+        ]
+        rows.append([kind, str(held_out["dense"][kind]["questions"]), *cells])
+    return markdown(["question", "number", "LLaVA", "DPVR, side branch untrained", "DPVR, side branch trained"], rows)
+
+
+def cost_table() -> str:
+    """Decoder FLOPs and KV-cache bytes of one image and 64 text tokens, by formula."""
+    layers_13b = {"num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
+    models = {
+        "LLaVA-1.5-7B, S = 18 of 32": DPVRConfig(),
+        "LLaVA-1.5-13B, S = 22 of 40": DPVRConfig(
+            saturation_layer=22, text_config={"model_type": "llama", "num_key_value_heads": 40, **layers_13b}
+        ),
+    }
+    rows = []
+    for name, config in models.items():
+        tokens = (config.image_seq_length, 64)
+        dense = dense_config(config)
+        flops = [prefill_flops(each, *tokens).decoder for each in (dense, config)]
+        whole, kept, most = (
+            sum(cache_bytes(each, *tokens, later_images=later).values())
+            for each, later in ((dense, False), (config, False), (config, True))
+        )
+        rows.append(
+            [
+                name,
+                f"{flops[0] / 1e12:.2f} to {flops[1] / 1e12:.2f} TFLOP",
+                f"{flops[1] / flops[0]:.3f}",
+                f"{whole / 2**20:.0f} to {kept / 2**20:.0f} MiB",
+                f"{kept / whole:.3f} ({most / whole:.3f} where later images may come)",
+            ]
+        )
+    return markdown(["576 image + 64 text tokens", "decoder, prefill", "ratio", "KV cache, 16 bit", "ratio"], rows)
+
+
+def published_table(record: dict) -> str:
+    """LLaVA-1.5-7B's published results, with the task of lmms-eval that comes nearest to each."""
+    rows = [
+        [name, f"`{row['task']}`", f"`{row['metric']}`", str(row["llava-1.5-7b"]), row["differs"]]
+        for name, row in record["benchmarks"].items()
+    ]
+    return markdown(["benchmark", "task", "metric", "LLaVA-1.5-7B, published", "what differs there"], rows)
+
+
+def quality_table(record: dict) -> str:
+    from benchmarks.quality import summarize, table
+
+    return table(summarize(record))
+
+
+def side_branch_seeds_table(record: dict) -> str:
+    """Accuracy, what training recovers of it, and KL, by layer, loss and initialisation."""
+    from benchmarks.side_branch_seeds import summarize
+
+    def interval(pair: tuple[float, float], scale: float, digits: str) -> str:
+        half = "" if math.isnan(pair[1]) else f" ± {format(scale * pair[1], digits)}"
+        return "" if math.isnan(pair[0]) else format(scale * pair[0], digits) + half
+
+    rows = []
+    for entry in summarize(record):
+        names = [str(entry[key]) for key in ("saturation_layer", "loss", "init", "seeds")]
+        shares = [interval(entry[key], 100, ".1f") for key in ("accuracy", "recovered")]
+        rows.append([*names, *shares, interval(entry["kl"], 1, ".4f")])
+    return markdown(["S", "loss", "initialisation", "seeds", "accuracy %", "recovered %", "KL, nats"], rows)
+
+
+def training_table(record: dict) -> str:
+    """Seconds and memory of a training step, by what is trained and how."""
+    rows = [
+        [
+            kind,
+            f"{result['trained_parameters'] / 1e6:.1f} M",
+            "{:.3f} s ({:.3f} to {:.3f})".format(result["seconds"], *result["seconds_range"]),
+            f"{result['bytes_beyond_weights'] / 2**30:.3f} GiB",
+        ]
+        for kind, result in record["kinds"].items()
+    ]
+    return markdown(["what trains", "parameters", "a step, median (range)", "memory beyond the weights"], rows)
+
+
+def soak_table(record: dict) -> str:
+    """Memory and answers over thousands of calls."""
+    memory = [f"{find(record['rss_bytes']) / 2**20:.0f}" for find in (min, max)]
+    slopes = record["slopes"]
+    return markdown(
+        ["calls", "resident memory", "growth after the warm-up, a call", "answers that changed"],
+        [
+            [
+                f"{record['calls'][-1]:,}",
+                f"{memory[0]} to {memory[1]} MiB",
+                f"{slopes['bytes_per_call']:.1f} bytes, {slopes['objects_per_call']:.4f} Python objects",
+                str(len(record["different"])),
+            ]
+        ],
+    )
+
+
+def fuzz_table(record: dict) -> str:
+    """How many generated inputs ended how, by what they were given to."""
+    rows = [
+        [target, f"{result['inputs']:,}", "; ".join(f"{n:,} {outcome}" for outcome, n in result["outcomes"].items())]
+        for target, result in record.items()
+    ]
+    return markdown(["given to", "inputs", "outcomes"], rows)
+
+
+TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
+    "accuracy": (accuracy_table, ["examples/dpvr-tiny-adapter/training.json"]),
+    "cost": (cost_table, []),
+    "fuzz": (fuzz_table, ["benchmarks/results/fuzz.json"]),
+    "published": (published_table, ["examples/evaluation/published.json"]),
+    "quality": (quality_table, ["benchmarks/results/quality.json"]),
+    "saturation": (saturation_report.table, ["figures/saturation.json", "figures/saturation-dpvr.json"]),
+    "side-branch-seeds": (side_branch_seeds_table, ["benchmarks/results/side_branch_seeds.json"]),
+    "soak": (soak_table, ["benchmarks/results/soak.json"]),
+    "training": (training_table, ["benchmarks/results/training.json"]),
+    "transformers-tests": (run_transformers_tests.table, ["benchmarks/results/transformers_tests.json"]),
+}
+
+
+def make_table(name: str) -> str:
+    """The Markdown of a table, by its name in the README."""
+    if name in TABLES:
+        function, files = TABLES[name]
+        return function(*(read(ROOT / file, f"table {name}") for file in files))
+    benchmark, _, function_name = name.partition(".")
+    record = read(RESULTS / f"{benchmark}.json", f"table {name}")
+    try:
+        function = getattr(importlib.import_module(f"benchmarks.{benchmark}"), function_name or "table")
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ReportError(
+            f"README.md shows table {name}, which is neither in TABLES nor a benchmark's: {error}."
+        ) from error
+    return function(record)
+
+
+def find_value(path: str):
+    """The number or text at `FILE.KEY.KEY` in the result files; a key may be a list position."""
+    stem, *keys = path.split(".")
+    value = read(RESULTS / f"{stem}.json", f"value {path}")
+    for key in keys:
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ReportError(
+                f"README.md shows value {path}, but benchmarks/results/{stem}.json has no {key}."
+            ) from error
+    if isinstance(value, (dict, list)):
+        raise ReportError(
+            f"README.md shows value {path}, which is not one number or text: go on to {list(value)[:5]}."
+        )
+    return value
+
+
+def fill_table(match: re.Match) -> str:
+    return f"{match[1]}{make_table(match['name'])}\n{match[4]}"
+
+
+def fill_value(match: re.Match) -> str:
+    if match.string[: match.start()].endswith("\n"):
+        raise ReportError(f"Value {match['path']} stands at the start of a line, which Markdown takes for HTML.")
+    return f"{match[1]}{format(find_value(match['path']), match['format'] or '')}{match[5]}"
+
+
+def fill(text: str) -> str:
+    """`text` with every table and value as the result files have it.
+
+    Raises:
+        ReportError: if a marker has no partner, or names what is not there.
+    """
+    stray = MARKER.findall(VALUE.sub("", TABLE.sub("", text)))
+    if stray:
+        raise ReportError(f"README.md has markers without their partners, or in no line of their own: {stray}.")
+    return VALUE.sub(fill_value, TABLE.sub(fill_table, text))
+
+
+def stale(text: str, filled: str) -> list[str]:
+    """Names of the tables and values that differ."""
+    return [
+        match.group(name)
+        for pattern, name in ((TABLE, "name"), (VALUE, "path"))
+        for match, new in zip(pattern.finditer(text), pattern.finditer(filled), strict=True)
+        if match.group() != new.group()
+    ]
+
+
+def draw_routing(path: Path) -> None:
+    """Which layers see which tokens, for LLaVA-1.5-7B."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    figure, axes = plt.subplots(figsize=(11, 3.9), layout="constrained")
+
+    def box(x, y, width, height, colour, text):
+        axes.add_patch(
+            FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12", color=colour, lw=0)
+        )
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color="white", fontsize=10.5)
+
+    def arrow(start, end, colour):
+        axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, color=colour, lw=2))
+
+    box(0, 0.4, 3.9, 2.6, JOINT, "layers 0 .. 17\nvision and text tokens together\n(as in LLaVA)")
+    box(5.1, 1.95, 5.4, 1.05, TEXT, "layers 18 .. 30: text tokens only\nno vision token in tensors or KV cache")
+    box(5.1, 0.4, 2.3, 1.05, VISION, "side branch, 1 layer\nvision only, trained")
+    box(11.7, 0.4, 2.5, 2.6, JOINT, "layer 31\nboth streams in\ntheir order,\nthen norm, head")
+    arrow((3.9, 2.47), (5.1, 2.47), TEXT)
+    arrow((10.5, 2.47), (11.7, 2.47), TEXT)
+    arrow((3.9, 0.92), (5.1, 0.92), VISION)
+    arrow((7.4, 0.92), (11.7, 0.92), VISION)
+    axes.text(4.5, 3.3, "saturation layer S = 18", ha="center", color=INK, fontsize=10)
+    axes.plot([4.5, 4.5], [0.2, 3.15], ls=":", color=INK, lw=1)
+    axes.text(11.1, 3.3, "late fusion", ha="center", color=INK, fontsize=10)
+    axes.plot([11.1, 11.1], [0.2, 3.15], ls=":", color=INK, lw=1)
+    axes.set_xlim(-0.2, 14.4)
+    axes.set_ylim(0, 3.6)
+    axes.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draws every plot and returns their paths."""
+    folder.mkdir(exist_ok=True)
+    routing, saturation = folder / "routing.png", folder / "saturation.png"
+    draw_routing(routing)
+    runs = [read(ROOT / "figures" / f"{name}.json", saturation.name) for name in ("saturation", "saturation-dpvr")]
+    saturation_report.draw_overview(saturation, runs)
+    return [routing, saturation]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="examples:\n  python benchmarks/report.py\n  python benchmarks/report.py --check\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="only compare the README with the result files")
+    args = parser.parse_args(arguments)
+    text = README.read_text()
+    try:
+        filled = fill(text)
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        if text == filled:
+            print("README.md is up to date")
+            return 0
+        print(f"README.md differs in {', '.join(stale(text, filled))}: run python benchmarks/report.py")
+        return 1
+    README.write_text(filled)
+    print(README, *draw(FIGURES), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Write or check SHA256SUMS, the checksums of a release or of a converted checkpoint.
+
+The file has the format of `sha256sum`, which checks it too: `sha256sum --check SHA256SUMS`. It names each file under
+the folder; in a git checkout, each that git tracks. A check fails if a file differs, is missing, or is not named.
+"""
+
+import argparse
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+NAME = "SHA256SUMS"
+LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def list_files(folder: Path) -> list[str]:
+    """Names, relative to the folder, of what it releases, sorted.
+
+    Raises:
+        ValueError: a link leads out of the folder, or a name has a line break.
+    """
+    if (folder / ".git").exists():
+        output = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout
+        names = [name for name in output.split("\0") if name]
+    else:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    for name in names:
+        if "\n" in name:
+            raise ValueError(f"{name!r} has a line break in its name, which {NAME} cannot hold.")
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{name} is a link that leads out of {folder}.")
+    return sorted(name for name in names if name != NAME)
+
+
+def compute_checksums(folder: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of each file, in hexadecimal; a megabyte in memory at a time."""
+    sums = {}
+    total = sum((folder / name).stat().st_size for name in names)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="SHA-256", disable=None) as bar:
+        for name in names:
+            digest = hashlib.sha256()
+            with (folder / name).open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+                    bar.update(len(block))
+            sums[name] = digest.hexdigest()
+    return sums
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """The names and checksums of a SHA256SUMS file.
+
+    Raises:
+        ValueError: with the line's number, if a line is none of `sha256sum`, or names a file twice or one outside.
+    """
+    sums = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(f"{path}, line {number}: {line[:100]!r} is not a checksum and a file's name.")
+        checksum, name = match.groups()
+        if name in sums or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{path}, line {number}: {name} is named twice or lies outside the folder.")
+        sums[name] = checksum
+    return sums
+
+
+def find_faults(folder: Path) -> tuple[int, list[str]]:
+    """How many files were compared, and a sentence for each that is not as SHA256SUMS says."""
+    expected = read_checksums(folder / NAME)
+    present = set(list_files(folder))
+    actual = compute_checksums(folder, sorted(present & set(expected)))
+    faults = [f"{name}: missing" for name in sorted(set(expected) - present)]
+    faults += [f"{name}: not named in {NAME}" for name in sorted(present - set(expected))]
+    faults += [f"{name}: is {actual[name]}, not {expected[name]}" for name in actual if actual[name] != expected[name]]
+    return len(actual), faults
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="examples:\n  python scripts/checksums.py              # of this checkout, before a release\n"
+        "  python scripts/checksums.py dpvr-7b      # of a converted checkpoint\n"
+        "  python scripts/checksums.py dpvr-7b --check\n\n"
+        "exit codes: 0 written, or all files are as named; 1 a file is not; 2 there is no such folder or file\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(), help="default: the current one")
+    parser.add_argument("--check", action="store_true", help=f"compare the files with {NAME} and change nothing")
+    args = parser.parse_args(arguments)
+    if not args.folder.is_dir():
+        parser.error(f"{args.folder} is not a folder")
+    path = args.folder / NAME
+    if args.check and not path.is_file():
+        parser.error(f"{path} does not exist; write it with `python scripts/checksums.py {args.folder}`")
+    try:
+        if args.check:
+            number, faults = find_faults(args.folder)
+            print("\n".join([*faults, f"{number} files compared, {len(faults)} faults"]))
+            return int(bool(faults))
+        sums = compute_checksums(args.folder, list_files(args.folder))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    path.write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()), encoding="utf-8")
+    print(f"{path}: {len(sums)} files")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""benchmarks/quality.py: its short cuts give what plain generation gives, its report says what is there."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+
+from benchmarks import quality
+from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
+from benchmarks.quality import Entry, Routing
+
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+
+import digits as task
+from train_tiny_llava import generate_answers
+
+TINY = ROOT / "examples" / "tiny-llava"
+QUESTIONS = 4  # of each kind
+WEAK = {"vtw/3": vtw(3), "fastv/1/0.75": fastv(1, 0.75), "pyramid/1-2-4/0.5": pyramid_drop((1, 2, 4), 0.5)}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    return PrunedLlava.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prepared(llava, processor):
+    batches = quality.question_batches(processor, 0, QUESTIONS)
+    return [quality.prepare(llava, batch, kind) for kind, batch in batches.items()]
+
+
+def generated_accuracy(model, processor) -> dict[str, float]:
+    """Greedy answers to the same questions, asked as a user asks."""
+    pairs = task.make_questions(quality.FIRST_QUESTION_SEED, QUESTIONS, "test")
+    questions = [question for _, question in pairs]
+    answers = generate_answers(model, processor, [grid.image for grid, _ in pairs], questions)
+    right = [task.is_correct(answer, question.answer) for answer, question in zip(answers, questions, strict=True)]
+    kinds = np.array([question.kind for question in questions])
+    return {kind: float(np.array(right)[kinds == kind].mean()) for kind in task.KINDS}
+
+
+@pytest.mark.parametrize("name", ["dense", *WEAK])
+def test_one_teacher_forced_pass_gives_the_accuracy_of_greedy_generation(name, pruned, processor, prepared):
+    pruned.stages = WEAK.get(name, ())
+    generated = generated_accuracy(pruned, processor)
+    assert quality.pruned_accuracy(pruned, WEAK.get(name, ()), prepared) == generated
+    assert (0 < np.mean(list(generated.values())) < 1) == (
+        name != "dense"
+    )  # where all or none is right, any way agrees
+
+
+def test_so_it_does_for_dpvr(processor, prepared, tmp_path):
+    staged = quality.load_routed(TINY, Routing(3, trained=False), tmp_path)
+    generated = generated_accuracy(staged.base, processor)
+    batches = [(batch, quality.routed_features(staged, batch)) for batch in prepared]
+    assert quality.routed_accuracy(staged, batches) == generated
+    assert 0 < np.mean(list(generated.values())) < 1
+
+
+@pytest.mark.parametrize("name", WEAK)
+@torch.no_grad()
+def test_going_on_from_the_dense_models_states_changes_nothing(name, pruned, processor, prepared):
+    batch = quality.question_batches(processor, 0, QUESTIONS)["count"]
+    [states] = [each for each in prepared if each.kind == "count"]
+    labels = batch.pop("labels")
+    pruned.stages = WEAK[name]
+    whole = pruned(**batch, last_column=states.last_column).logits
+    first = 1 if name == "pyramid/1-2-4/0.5" else {"vtw/3": 3, "fastv/1/0.75": 0}[name]
+    arguments = (states.is_vision, states.attention_mask, None, DynamicCache(), states.last_column, first)
+    continued = pruned.lm_head(pruned.model.decode(states.states[first], *arguments))
+    read = quality.predicts(labels)
+    torch.testing.assert_close(continued[read], whole[read], rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+    found = {"dense": (), "vtw/6": vtw(6), "dpvr/6/untrained": Routing(6, False), "dpvr/6/trained": Routing(6, True)}
+    monkeypatch.setattr(quality, "methods", lambda num_layers: found)
+    output = tmp_path / "quality.json"
+    arguments = ["--models", "tiny-llava", "--questions", "1", "--steps", "1", "--pool", "16", "--batch-size", "2"]
+    arguments += ["--output", str(output), "--figure", str(tmp_path / "quality.png")]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--seeds", "1"])
+    assert quality.main() == 0
+    record = json.loads(output.read_text())
+    cells = record["models"]["tiny-llava"]["cells"]
+    assert {name: list(seeds) for name, seeds in cells.items()} == {name: ["0"] for name in found}
+    cells["vtw/6"]["0"]["look"] = 0.123  # kept only if it is not measured again
+    del cells["dense"]["0"]
+    output.write_text(json.dumps(record))
+    assert quality.main() == 0
+    again = json.loads(output.read_text())["models"]["tiny-llava"]["cells"]
+    assert again["vtw/6"]["0"]["look"] == 0.123
+    assert again["dense"]["0"].keys() == set(task.KINDS)
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    assert "| tiny-llava | vtw/6 |" in capsys.readouterr().out
+    assert len(quality.by_layer(json.loads(output.read_text())).splitlines()) == 3
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments[:4], "--steps", "2", *arguments[6:]])
+    with pytest.raises(SystemExit, match="choose another --output"):
+        quality.main()
+
+
+def entry(name, flops, kv_bytes, accuracy) -> Entry:
+    return Entry("m", name, flops, kv_bytes, {kind: np.array(accuracy) for kind in (*task.KINDS, "all")})
+
+
+def test_pareto_front_by_hand():
+    dense = entry("dense", 1.0, 1.0, [0.9, 1.0])
+    cheap = entry("vtw/1", 0.5, 0.7, [0.4, 0.6])
+    better = entry("dpvr/1/trained", 0.5, 0.8, [0.8, 0.9])
+    rows = [dense, cheap, better]
+    assert quality.better(cheap, rows, "flops", "all") is better  # as cheap, more accurate
+    assert quality.better(cheap, rows, "kv_bytes", "all") is None
+    assert quality.better(better, rows, "flops", "all") is None
+    assert quality.better(dense, rows, "flops", "all") is None
+    twin = entry("fastv/1/0.5", 0.5, 0.7, [0.4, 0.6])
+    assert quality.better(cheap, [*rows, twin], "kv_bytes", "all") is None  # a twin does not dominate
+    text = quality.verdict(rows)
+    assert "m, all by flops: 1 of 1 on the front" in text
+    assert "| m | vtw/1 | 50.0 | 70.0 | 50.0 ±" in quality.table(rows)
+
+
+def test_costs_are_shares_of_the_dense_model(llava):
+    lengths = {40: 3, 60: 1}
+    assert quality.relative_cost(llava.config, (), lengths) == (1, 1)
+    shares = [quality.relative_cost(llava.config, vtw(layer), lengths) for layer in range(1, 9)]
+    assert shares == sorted(shares)
+    assert shares[-1] == (1, 1)
+    # 36 vision tokens leave 8 layers after the fourth: of 45 text tokens on average, 36 / 81 of half of all bytes
+    assert shares[3][1] == pytest.approx(1 - 36 / 81 / 2)
+    routed = quality.relative_cost(llava.config, Routing(4, trained=True), lengths)
+    assert shares[3][0] < routed[0] < 1
+    assert routed[1] == pytest.approx(1 - 36 / 81 * 2 / 8)  # three layers without, a side branch with
+
+
+def test_every_method_of_the_larger_model_has_a_cost(llava):
+    llava_config = type(llava.config)(
+        **{**llava.config.to_dict(), "text_config": {**llava.config.text_config.to_dict()}}
+    )
+    llava_config.text_config.num_hidden_layers = 12
+    for name, method in quality.methods(12).items():
+        flops, held = quality.relative_cost(llava_config, method, {50: 1})
+        assert 0 < flops <= 1.1, name
+        assert 0 < held <= 1.1, name

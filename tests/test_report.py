@@ -1,0 +1,94 @@
+"""The README says what the result files say, and benchmarks/report.py tells where it does not."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import report
+from benchmarks.tables import markdown
+
+TABLE = "<!-- begin:made -->\nold\n<!-- end:made -->\n"
+VALUE = "A peak of <!-- value:made.peak.1|.2f -->0<!-- /value --> GiB"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results with `made.json`, and a benchmark `made` that writes a table of it."""
+    (tmp_path / "made.json").write_text(json.dumps({"peak": [3, 1.3125], "name": "sdpa"}))
+    module = type(sys)("benchmarks.made")
+    module.table = lambda record: f"table of {record['name']}"
+    module.other = lambda record: f"other of {record['name']}"
+    monkeypatch.setitem(sys.modules, "benchmarks.made", module)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_tables_and_values_of_the_readme_are_those_of_the_result_files(capsys):
+    status = report.main(["--check"])
+    said = capsys.readouterr()
+    assert status == 0, said.out + said.err
+
+
+def test_a_stale_readme_fails_the_check_and_is_left_as_it_is(results, monkeypatch, capsys):
+    monkeypatch.setattr(report, "README", results / "README.md")
+    report.README.write_text(TABLE)
+    assert report.main(["--check"]) == 1
+    assert "differs in made" in capsys.readouterr().out
+    assert report.README.read_text() == TABLE
+    report.README.write_text(TABLE.replace("made", "absent"))
+    assert report.main([]) == 2
+    assert "absent.json" in capsys.readouterr().err
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--help"])
+    assert "example" in capsys.readouterr().out
+
+
+def test_a_table_and_a_value_are_filled_from_the_result_file_of_their_name(results):
+    filled = report.fill(TABLE + VALUE)
+    assert "<!-- begin:made -->\ntable of sdpa\n<!-- end:made -->" in filled
+    assert "A peak of <!-- value:made.peak.1|.2f -->1.31<!-- /value --> GiB" in filled
+    assert report.fill(filled) == filled
+    assert "other of sdpa" in report.fill(TABLE.replace("made", "made.other"))
+
+
+@pytest.mark.parametrize("changed", ["made", "made.peak.1"])
+def test_what_differs_from_the_result_files_is_named(results, changed):
+    filled = report.fill(TABLE + VALUE)
+    text = filled.replace("table of sdpa" if changed == "made" else "1.31", "something else")
+    assert report.stale(text, filled) == [changed]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TABLE.replace("made", "absent"), r"shows table absent, but there is no absent\.json"),
+        (TABLE.replace("made", "made.absent"), "neither in TABLES nor a benchmark's.*absent"),
+        (VALUE.replace("made", "absent"), r"no absent\.json"),
+        (VALUE.replace("peak.1", "pique"), r"made\.json has no pique"),
+        (VALUE.replace("peak.1", "peak.2"), r"made\.json has no 2"),
+        (VALUE.replace(".peak.1|.2f", ".peak"), "not one number"),
+        ("\n" + VALUE.removeprefix("A peak of "), "start of a line"),
+        (TABLE.replace("end:made", "end:mode"), "without their partners"),
+        (VALUE.replace("<!-- /value -->", ""), "without their partners"),
+    ],
+)
+def test_a_marker_that_cannot_be_filled_is_an_error_that_names_it(results, text, message):
+    with pytest.raises(report.ReportError, match=message):
+        report.fill(text)
+
+
+@pytest.mark.parametrize("name", report.TABLES)
+def test_every_table_whose_results_are_there_can_be_made(name):
+    missing = [file for file in report.TABLES[name][1] if not (report.ROOT / file).is_file()]
+    if missing:
+        pytest.skip(f"not measured yet: {', '.join(missing)}")
+    assert report.make_table(name).startswith("| ")
+
+
+def test_a_bar_within_a_cell_does_not_end_it():
+    assert markdown(["a"], [["b|c"]]) == "| a |\n| --- |\n| b\\|c |"

@@ -1,0 +1,183 @@
+"""What the Hub files import and call, which versions they are tested with, and checksums that notice a change."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import checksums
+import lowest_versions
+
+HUB_FILES = {"configuration_dpvr", "modeling_dpvr", "processing_dpvr"}
+PACKAGES = {"torch", "transformers"}
+STANDARD_LIBRARY = {"dataclasses"}  # what is needed of it; os, sys, subprocess, importlib, urllib and the like are not
+RUNS_OR_OPENS = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open", "vars"}
+# Attributes that reach files, processes, networks, pickles or other modules from torch, transformers and plain objects
+REACHES_OUT = {
+    *("__builtins__", "__globals__", "__loader__", "__subclasses__", "hub", "import_module", "load_library"),
+    *("open", "popen", "read_bytes", "read_text", "run", "spawn", "system", "unlink", "urlopen", "write_bytes"),
+    *("write_text", "cpp_extension", "load_url", "download_url_to_file", "dynamic_module_utils", "requests", "httpx"),
+}
+
+
+def find_faults(source: str) -> list[str]:
+    """A sentence for each import, name or attribute that a Hub file must not have, wherever it stands in the file."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+            faults += [f"line {line}: imports everything" for alias in node.names if alias.name == "*"]
+        elif isinstance(node, ast.ImportFrom):
+            names = []
+            if node.level != 1 or node.module not in HUB_FILES:
+                faults.append(f"line {line}: imports .{node.module}")
+        else:
+            names = []
+        for name in names:
+            root, *parts = name.split(".")
+            if root not in PACKAGES | STANDARD_LIBRARY or REACHES_OUT & set(parts):
+                faults.append(f"line {line}: imports {name}")
+        if isinstance(node, ast.Name) and node.id in RUNS_OR_OPENS:
+            faults.append(f"line {line}: names {node.id}")
+        if isinstance(node, ast.Attribute) and node.attr in REACHES_OUT:
+            faults.append(f"line {line}: reaches {node.attr}")
+        is_load = isinstance(node, ast.Attribute) and node.attr in ("load", "save")
+        if is_load and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            faults.append(f"line {line}: calls torch.{node.attr}")
+    return faults
+
+
+@pytest.mark.parametrize("name", sorted(HUB_FILES))
+def test_hub_files_import_torch_transformers_and_each_other_and_run_or_open_nothing(name):
+    assert find_faults((ROOT / f"{name}.py").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os",
+        "import numpy as np",
+        "import torch, subprocess",
+        "from urllib.request import urlopen",
+        "from torch.hub import load_state_dict_from_url",
+        "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
+        "from transformers import dynamic_module_utils",
+        "from .other import f",
+        "from ..modeling_dpvr import f",
+        "from . import modeling_dpvr",
+        "from transformers import *",
+        "def f():\n    import socket",
+        "class C:\n    def f(self):\n        from pathlib import Path",
+        "try:\n    import flash_attn\nexcept ImportError:\n    pass",
+        "f = lambda: __import__('os')",
+        "eval('1')",
+        "exec('1')",
+        "open('a')",
+        "e = eval",
+        "torch.load('a')",
+        "torch.hub.load('a', 'b')",
+        "().__class__.__base__.__subclasses__()",
+        "f.__globals__['os']",
+        "x.system('a')",
+    ],
+)
+def test_the_check_finds_what_it_is_to_find(source):
+    assert find_faults(source)
+
+
+def test_the_check_covers_the_files_that_travel_with_a_checkpoint():
+    assert {path.stem for path in ROOT.glob("*_dpvr.py")} - {"convert_llava_to_dpvr"} == HUB_FILES
+
+
+# ----------------------------------------------------------------------------------------------------------- versions
+
+
+def test_every_requirement_has_a_lowest_version_and_no_highest():
+    versions = lowest_versions.lowest_versions(ROOT / "requirements.txt")
+    assert set(versions) == {"torch", "transformers", "safetensors", "huggingface_hub", "jinja2", "pillow", "tqdm"}
+    assert versions["transformers"] == "5.23.0"
+
+
+def test_the_torch_that_make_installs_is_the_lowest_that_is_tested():
+    pinned = re.search(r"torch==([0-9.]+)", (ROOT / "Makefile").read_text())[1]
+    assert pinned == lowest_versions.lowest_versions(ROOT / "requirements.txt")["torch"]
+
+
+@pytest.mark.parametrize("line", ["torch", "torch<3", "torch==2.13.0", "torch>=2,<3"])
+def test_a_requirement_that_is_not_a_lowest_version_is_refused(line, tmp_path):
+    (tmp_path / "requirements.txt").write_text(f"# comment\n\ntqdm>=4.60\n{line}\n")
+    with pytest.raises(ValueError, match=f"requirements.txt: '{line}' is not `name>=version`"):
+        lowest_versions.lowest_versions(tmp_path / "requirements.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------- checksums
+
+
+@pytest.fixture
+def release(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name, data in {"model.safetensors": b"\0\1" * 999, "sub/code.py": b"x = 1\n", "with space.txt": b""}.items():
+        (tmp_path / name).write_bytes(data)
+    assert checksums.main([str(tmp_path)]) == 0
+    return tmp_path
+
+
+def test_an_unchanged_folder_passes_also_by_sha256sum(release, capsys):
+    assert checksums.main([str(release), "--check"]) == 0
+    assert capsys.readouterr().out.endswith("3 files compared, 0 faults\n")
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=release, check=True)
+
+
+def test_a_changed_a_missing_and_an_added_file_are_named(release, capsys):
+    data = bytearray((release / "model.safetensors").read_bytes())
+    data[500] ^= 1
+    (release / "model.safetensors").write_bytes(data)
+    (release / "sub" / "code.py").unlink()
+    (release / "sub" / "other.py").write_text("import os")
+    assert checksums.main([str(release), "--check"]) == 1
+    output = capsys.readouterr().out
+    assert re.search(r"^model.safetensors: is [0-9a-f]{64}, not [0-9a-f]{64}$", output, re.MULTILINE)
+    assert "sub/code.py: missing\n" in output
+    assert "sub/other.py: not named in SHA256SUMS\n" in output
+    assert output.endswith("2 files compared, 3 faults\n")
+
+
+@pytest.mark.parametrize("line", ["", "abc  code.py", f"{'0' * 64}  ../code.py", f"{'0' * 64}  /code.py"])
+def test_a_checksum_file_that_is_none_is_refused_with_its_line(line, release, capsys):
+    path = release / "SHA256SUMS"
+    path.write_text(path.read_text() + line + "\n")
+    assert checksums.main([str(release), "--check"]) == 1
+    assert "SHA256SUMS, line 4: " in capsys.readouterr().err
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(release, tmp_path_factory, capsys):
+    outside = tmp_path_factory.mktemp("outside") / "secret.txt"
+    outside.write_text("secret")
+    (release / "link.txt").symlink_to(outside)
+    assert checksums.main([str(release)]) == 1
+    assert "link.txt is a link that leads out of" in capsys.readouterr().err
+
+
+def test_a_checkout_lists_what_git_tracks(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    for name in ("tracked.py", "untracked.py"):
+        (tmp_path / name).write_text("")
+    subprocess.run(["git", "add", "tracked.py"], cwd=tmp_path, check=True)
+    assert checksums.main([str(tmp_path)]) == 0
+    assert list(checksums.read_checksums(tmp_path / "SHA256SUMS")) == ["tracked.py"]
+
+
+def test_wrong_arguments_end_with_2(tmp_path):
+    for arguments in ([str(tmp_path / "none")], [str(tmp_path), "--check"]):
+        with pytest.raises(SystemExit) as error:
+            checksums.main(arguments)
+        assert error.value.code == 2
