@@ -85,16 +85,19 @@ def was_renamed(output: Path) -> bool:
 
 def check_output(output: Path, source: Path) -> None:
     """Refuses to write over anything, into the source, or around it."""
-    if output.is_symlink():
+    try:
+        is_link, target, exists = output.is_symlink(), output.resolve(), output.exists()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise ConversionError(f"{output} cannot be written: {error.strerror}.") from error
+    if is_link:
         raise ConversionError(f"{output} is a symbolic link; nothing is overwritten.")
-    target = output.resolve()
     if source == target:
         raise ConversionError(f"The output {output} is the source; nothing is overwritten.")
     if source in target.parents:
         raise ConversionError(f"The output {output} lies in the source {source}.")
     if target in source.parents:
         raise ConversionError(f"The source {source} lies in the output {output}; nothing is overwritten.")
-    if output.exists() and not was_renamed(output) and (not output.is_dir() or any(output.iterdir())):
+    if exists and not was_renamed(output) and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output} exists and is not an empty folder; nothing is overwritten.")
 
 

@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import platform
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -39,20 +39,25 @@ SIZES = {  # GB to the shape of the model: decoder layers, width, layers of the 
 }
 
 
+def peak_bytes() -> int:
+    """The most memory this process has held; `ru_maxrss` would count that of the process which started it."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
 def convert_here(source: str, output: str, link: bool) -> None:
     """Converts in this process and prints its times and peak memory as JSON."""
     start = time.perf_counter()
     from convert_llava_to_dpvr import convert
 
     imported = time.perf_counter()
-    imported_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    imported_bytes = peak_bytes()
     convert(source, output, link=link)
     print(
         json.dumps(
             {
                 "seconds": time.perf_counter() - imported,
                 "import_seconds": imported - start,
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_bytes": peak_bytes(),
                 "imported_bytes": imported_bytes,
             }
         )
