@@ -7,7 +7,8 @@ Accuracy against cost: dense LLaVA, DPVR, FastV, VTW and PyramidDrop on the embe
 Every method answers the same held-out questions about digits that nothing was trained on. A seed decides the
 questions, and for a trained DPVR the order of its training conversations too. DPVR stands here untrained (the identity
 side branch that the converter writes) and trained (`training/staged.py`: distilled from the dense model, all else
-frozen), at every saturation layer; VTW at every layer; FastV and PyramidDrop over their ranges.
+frozen; or the fusion layers with it), at every saturation layer; VTW at every layer; FastV and PyramidDrop over their
+ranges.
 
 An answer is right only as a whole. Greedy generation gives it where at each of its tokens, the end included, the most
 likely next token is the right one, so one teacher-forced pass tells; which vision tokens remain, the prompt's last
@@ -27,6 +28,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 FIGURE = ROOT / "figures" / "quality.png"
 MODELS = ("tiny-llava", "tiny-llava-12")
 SETTINGS = ("questions", "steps", "batch_size", "learning_rate", "pool")
+TRAININGS = ("untrained", "trained", "trained with fusion")
 FASTV_RATIOS = (0.25, 0.5, 0.75, 0.9)
 PYRAMID_SHARES = (0.5, 0.25)
 VISION_HEAVY = ("count", "describe")
@@ -64,16 +67,21 @@ FIRST_QUESTION_SEED = 2000  # other questions than those that trained and chose 
 
 @dataclass(frozen=True)
 class Routing:
-    """A DPVR: its saturation layer, whether its side branch is trained, and the numbers of side and fusion layers."""
+    """A DPVR.
+
+    Attributes:
+        training: `"untrained"`, `"trained"` for the side branch alone, or `"trained with fusion"` for the fusion
+            layers too.
+    """
 
     saturation_layer: int
-    trained: bool
+    training: str
     num_side_layers: int = 1
     num_fusion_layers: int = 1
 
 
 def name_of(routing: Routing) -> str:
-    name = f"dpvr/{routing.saturation_layer}/{'trained' if routing.trained else 'untrained'}"
+    name = f"dpvr/{routing.saturation_layer}/{routing.training}"
     if routing.num_side_layers > 1:
         name += f"/{routing.num_side_layers} side layers"
     if routing.num_fusion_layers > 1:
@@ -99,9 +107,10 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
         layers = tuple(fractions(num_layers, *shares))
         for share in PYRAMID_SHARES:
             found[f"pyramid/{'-'.join(map(str, layers))}/{share}"] = pyramid_drop(layers, share)
-    routings = [Routing(layer, trained) for trained in (False, True) for layer in range(1, num_layers)]
+    routings = [Routing(layer, training) for training in TRAININGS for layer in range(1, num_layers)]
     for layer in fractions(num_layers, 1 / 8, 1 / 4):
-        routings += [Routing(layer, True, num_fusion_layers=2), Routing(layer, True, num_side_layers=2)]
+        routings += [Routing(layer, training, num_fusion_layers=2) for training in TRAININGS[1:]]
+        routings.append(Routing(layer, "trained", num_side_layers=2))
     return found | {name_of(routing): routing for routing in routings}
 
 
@@ -281,7 +290,7 @@ def measure_baselines(llava_folder: Path, found: dict, held_out: list[list[Prepa
 
 
 def load_routed(llava_folder: Path, routing: Routing, folder: Path) -> StagedModel:
-    """The DPVR that the converter makes, its side branch alone trainable."""
+    """The DPVR that the converter makes, of which the side branch trains."""
     path = folder / name_of(routing).replace("/", "-").replace(" ", "-")
     convert(
         llava_folder,
@@ -306,10 +315,13 @@ def measure_routings(
     cells,
     save,
 ) -> None:
-    """Cells of routings that differ at most in whether they are trained."""
+    """Cells of routings that differ at most in what is trained."""
     with tempfile.TemporaryDirectory(prefix="quality-") as folder:
         staged = load_routed(llava_folder, routings[0], Path(folder))
-    untrained = {name: weight.clone() for name, weight in staged.core.side_branch.state_dict().items()}
+    late = torch.nn.ModuleDict(
+        {"side branch": staged.core.side_branch, "fusion": torch.nn.ModuleList(staged.layers()[2])}
+    )
+    untrained = {name: weight.clone() for name, weight in late.state_dict().items()}
     features = [[(batch, routed_features(staged, batch)) for batch in batches] for batches in held_out]
     rows = None
     for routing in routings:
@@ -317,8 +329,9 @@ def measure_routings(
         for seed, batches in enumerate(features):
             if str(seed) in mine:
                 continue
-            staged.core.side_branch.load_state_dict(untrained)
-            if routing.trained:
+            late.load_state_dict(untrained)
+            late["fusion"].requires_grad_(routing.training == "trained with fusion")
+            if routing.training != "untrained":
                 rows = rows or [row for batch in pool for row in split_rows(routed_features(staged, batch))]
                 train_side_branch(staged, rows, seed, args)
             mine[str(seed)] = routed_accuracy(staged, batches)
@@ -450,7 +463,7 @@ def table(entries: list[Entry]) -> str:
 def by_layer(record: dict) -> str:
     """What leaving at each layer does to the vision-heavy kinds: gone for good (VTW), or on the side (DPVR)."""
     found = {(entry.model, entry.name): entry for entry in summarize(record)}
-    columns = {"VTW": "vtw/{}", "untrained": "dpvr/{}/untrained", "trained": "dpvr/{}/trained"}
+    columns = {"VTW": "vtw/{}"} | {training: f"dpvr/{{}}/{training}" for training in TRAININGS}
     header = ["LLaVA", "layer", "FLOPs % VTW, DPVR", "KV % VTW, DPVR"]
     header += [f"{kind}: {column}" for kind in VISION_HEAVY for column in columns]
     rows = []
@@ -459,7 +472,7 @@ def by_layer(record: dict) -> str:
         entries = [found.get((model, column.format(layer))) for column in columns.values()]
         if family != "vtw" or None in entries:
             continue
-        costs = [[f"{100 * getattr(e, cost):.0f}" for e in entries[::2]] for cost in ("flops", "kv_bytes")]
+        costs = [[f"{100 * getattr(e, cost):.0f}" for e in entries[:2]] for cost in ("flops", "kv_bytes")]
         cells = [percent(entry.accuracy[kind]) for kind in VISION_HEAVY for entry in entries]
         rows.append([model, layer, *map(", ".join, costs), *cells])
     return markdown(header, rows)
@@ -468,15 +481,17 @@ def by_layer(record: dict) -> str:
 def verdict(entries: list[Entry]) -> str:
     """Where another method costs a trained DPVR of the paper's shape the Pareto front, and by how much (paired)."""
     lines = []
-    for model in dict.fromkeys(entry.model for entry in entries):
+    models = dict.fromkeys(entry.model for entry in entries)
+    for model, training in product(models, TRAININGS[1:]):
         rows = [entry for entry in entries if entry.model == model]
-        routed = [entry for entry in rows if entry.family == "dpvr trained"]
+        routed = [entry for entry in rows if entry.family == f"dpvr {training}"]
         others = [entry for entry in rows if not entry.name.startswith("dpvr")]
         for cost in ("flops", "kv_bytes"):
             for kind in (*task.KINDS, "all"):
                 behind = [(entry, better(entry, others, cost, kind)) for entry in routed]
                 off = [(entry, other) for entry, other in behind if other is not None]
-                lines.append(f"{model}, {kind} by {cost}: {len(routed) - len(off)} of {len(routed)} on the front")
+                on = f"{len(routed) - len(off)} of {len(routed)} on the front"
+                lines.append(f"{model}, DPVR {training}, {kind} by {cost}: {on}")
                 for entry, other in off:
                     lead = percent(other.accuracy[kind] - entry.accuracy[kind])
                     lines.append(f"    {entry.name} is behind {other.name} by {lead} points")
@@ -487,8 +502,8 @@ FAMILIES = {
     "dense": ("black", "*", "none", "dense"),
     "dpvr trained": ("tab:blue", "o", "-", "DPVR, trained"),
     "dpvr untrained": ("tab:blue", "o", ":", "DPVR, untrained"),
-    "dpvr trained 2 fusion layers": ("tab:cyan", "o", "none", "DPVR, 2 fusion layers, trained"),
-    "dpvr trained 2 side layers": ("tab:purple", "o", "none", "DPVR, 2 side layers, trained"),
+    "dpvr trained with fusion": ("tab:purple", "P", "-", "DPVR, fusion layer trained too"),
+    "dpvr trained with fusion 2 fusion layers": ("tab:cyan", "P", "none", "DPVR, 2 fusion layers, trained too"),
     "vtw": ("tab:red", "s", "-", "VTW"),
     "fastv": ("tab:orange", "^", "none", "FastV"),
     "pyramid": ("tab:green", "D", "none", "PyramidDrop"),

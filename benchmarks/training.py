@@ -63,6 +63,7 @@ def make_config(args):
         text_config=text, saturation_layer=layers - 1 - text_only, image_seq_length=args.vision_tokens
     )
     config.vision_config.image_size = 14 * side
+    config.vision_config.num_hidden_layers = args.vision_layers
     return config
 
 
@@ -232,7 +233,7 @@ def device_name(args) -> str:
     return f"{model}, {args.threads} threads"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="examples:\n"
@@ -244,6 +245,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: %(default)s)")
     parser.add_argument("--text-only", type=int, help="of these, text-only (default: the paper's share, 13 of 32)")
     parser.add_argument("--hidden-size", type=int, default=4096, help="a multiple of 128 (default: %(default)s)")
+    parser.add_argument("--vision-layers", type=int, default=24, help="of the vision tower (default: %(default)s)")
     parser.add_argument("--tokens", default="576+64", help="vision + text tokens of a row (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="rows (default: %(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
@@ -259,7 +261,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--folder", help="for the cached features (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         args.vision_tokens, args.text_tokens = map(int, args.tokens.split("+"))
     except ValueError:
@@ -282,7 +284,16 @@ def main() -> None:
                 f"{shown['bytes_beyond_weights'] / 1e9:7.3f} GB beyond {shown['frozen_bytes'] / 1e9:.2f} of weights",
                 flush=True,
             )
-    names = ("layers", "text_only", "hidden_size", "tokens", "batch_size", "dtype", "gradient_checkpointing")
+    names = (
+        "layers",
+        "text_only",
+        "hidden_size",
+        "vision_layers",
+        "tokens",
+        "batch_size",
+        "dtype",
+        "gradient_checkpointing",
+    )
     config = make_config(args)
     record = {
         "settings": {name: getattr(args, name) for name in (*names, "rounds", "steps", "warmup")}

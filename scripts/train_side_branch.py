@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from training.adapters import AdapterError, add_adapter, from_llava, processor_from_llava, save_adapter
+from training.card import PLOT_FILE, make_card, plot_losses
 from training.data import BadRows, Collator, ConversationDataset, read_rows
 from training.features import CachedFeatures, CacheError, cache_features
 from training.staged import LOSSES, StagedModel, collate_rows
@@ -78,7 +79,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--base", help="name of the base model in the adapter (default: MODEL)")
     options, rest = parser.parse_known_args(arguments)
     trainer_parser = HfArgumentParser(TrainingArguments, prog=parser.prog, add_help=False)
-    trainer_parser.set_defaults(**DEFAULTS, report_to="tensorboard" if has_tensorboard() else "none")
+    trainer_parser.set_defaults(**DEFAULTS, report_to="tensorboard" if is_installed("tensorboard") else "none")
     if "--eval_strategy" not in rest and (options.eval_data or options.eval_rows):
         rest += ["--eval_strategy", "steps"]
     rest += ["--output_dir", str(options.output), "--remove_unused_columns", "False", "--label_names", "labels"]
@@ -91,8 +92,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     return options, training_arguments
 
 
-def has_tensorboard() -> bool:
-    return importlib.util.find_spec("tensorboard") is not None
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def load(options: argparse.Namespace, arguments: TrainingArguments):
@@ -236,6 +237,9 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
     if trainer.args.should_save:
         save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
         (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        has_plot = is_installed("matplotlib") and plot_losses(record, options.output / PLOT_FILE)
+        card = make_card(record, options.output.name, has_plot=has_plot)
+        (options.output / "README.md").write_text(card)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from transformers import MistralConfig, Qwen2Config
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
 
-from read_weights import Weight
+from read_weights import ConversionError, Weight
 from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights
 from training.adapters import (
     AdapterError,
@@ -463,6 +463,12 @@ def test_the_converter_takes_an_adapter(llava, tmp_path):
     assert {weight.name for weight in converted} == set(shapes)
     for weight in converted:
         assert torch.equal(weight.source.load(), merged[weight.name])
+
+
+def test_the_converter_refuses_lora_and_says_what_merges_it(tmp_path):
+    save_adapter(add_adapter(make_base(), "fusion"), tmp_path, BASE)
+    with pytest.raises(ConversionError, match=r"lora_A.* is LoRA.*scripts/merge_adapter.py"):
+        adapter_weights(adapter_file(str(tmp_path)), [])
 
 
 def test_base_state_names_weights_as_a_checkpoint_does():

@@ -67,7 +67,7 @@ def test_one_teacher_forced_pass_gives_the_accuracy_of_greedy_generation(name, p
 
 
 def test_so_it_does_for_dpvr(processor, prepared, tmp_path):
-    staged = quality.load_routed(TINY, Routing(3, trained=False), tmp_path)
+    staged = quality.load_routed(TINY, Routing(3, "untrained"), tmp_path)
     generated = generated_accuracy(staged.base, processor)
     batches = [(batch, quality.routed_features(staged, batch)) for batch in prepared]
     assert quality.routed_accuracy(staged, batches) == generated
@@ -90,7 +90,8 @@ def test_going_on_from_the_dense_models_states_changes_nothing(name, pruned, pro
 
 
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
-    found = {"dense": (), "vtw/6": vtw(6), "dpvr/6/untrained": Routing(6, False), "dpvr/6/trained": Routing(6, True)}
+    found = {"dense": (), "vtw/6": vtw(6)}
+    found |= {f"dpvr/6/{training}": Routing(6, training) for training in quality.TRAININGS}
     monkeypatch.setattr(quality, "methods", lambda num_layers: found)
     output = tmp_path / "quality.json"
     arguments = ["--models", "tiny-llava", "--questions", "1", "--steps", "1", "--pool", "16", "--batch-size", "2"]
@@ -131,7 +132,7 @@ def test_pareto_front_by_hand():
     twin = entry("fastv/1/0.5", 0.5, 0.7, [0.4, 0.6])
     assert quality.better(cheap, [*rows, twin], "kv_bytes", "all") is None  # a twin does not dominate
     text = quality.verdict(rows)
-    assert "m, all by flops: 1 of 1 on the front" in text
+    assert "m, DPVR trained, all by flops: 1 of 1 on the front" in text
     assert "| m | vtw/1 | 50.0 | 70.0 | 50.0 ±" in quality.table(rows)
 
 
@@ -143,7 +144,7 @@ def test_costs_are_shares_of_the_dense_model(llava):
     assert shares[-1] == (1, 1)
     # 36 vision tokens leave 8 layers after the fourth: of 45 text tokens on average, 36 / 81 of half of all bytes
     assert shares[3][1] == pytest.approx(1 - 36 / 81 / 2)
-    routed = quality.relative_cost(llava.config, Routing(4, trained=True), lengths)
+    routed = quality.relative_cost(llava.config, Routing(4, "trained"), lengths)
     assert shares[3][0] < routed[0] < 1
     assert routed[1] == pytest.approx(1 - 36 / 81 * 2 / 8)  # three layers without, a side branch with
 

@@ -22,12 +22,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 IGNORED = -100  # the label of a token without a loss, as everywhere in transformers
-# Backbones whose keys are what `k_proj` and the rotation make of a hidden state, nothing else
-PLAIN_KEYS = ("llama", "mistral", "qwen2")
 
 
 @dataclass
@@ -72,10 +68,6 @@ def predicts(labels: torch.LongTensor) -> torch.BoolTensor:
     return functional.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
-def has_trainable(*modules: nn.Module | None) -> bool:
-    return any(weight.requires_grad for module in modules if module is not None for weight in module.parameters())
-
-
 class StagedModel(nn.Module):
     """A DPVR whose forward gives the loss of a batch, or of the batch's `Features` where these are at hand.
 
@@ -98,7 +90,7 @@ class StagedModel(nn.Module):
         self.model, self.loss = model, loss
         base, decoder = self.base, self.core.language_model
         _, _, fusion_layers = self.layers()
-        late = {id(weight) for part in (fusion_layers, decoder.norm, base.lm_head) for weight in part.parameters()}
+        late = {id(weight) for part in (*fusion_layers, decoder.norm, base.lm_head) for weight in part.parameters()}
         branch = {id(weight) for weight in self.core.side_branch.parameters()}
         trained = {id(weight) for weight in base.parameters() if weight.requires_grad}
         self.features_frozen = not trained - late - branch
@@ -126,7 +118,7 @@ class StagedModel(nn.Module):
         """For the Trainer's `--gradient_checkpointing`."""
         self.base.activation_checkpointing_enable(**kwargs)
 
-    def layers(self) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
+    def layers(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
         """Joint, text-only and fusion layers."""
         return self.code.split_layers(self.core.language_model, self.config)
 
@@ -195,17 +187,19 @@ class StagedModel(nn.Module):
         is_vision = (
             mm_token_type_ids == 1 if mm_token_type_ids is not None else input_ids == core.config.image_token_id
         )
+        image_features = None
         if pixel_values is None:
             is_vision = torch.zeros_like(is_vision)
             if self.is_sharded:  # every process must ask for the shards of the tower, or the others wait for ever
                 size = core.config.vision_config.image_size
                 core.encode_images(embeddings.new_zeros(1, 3, size, size), None)
         else:
-            image_features = core.encode_images(pixel_values.to(embeddings.dtype), None)
+            _, image_features = core.encode_images(pixel_values.to(embeddings.dtype), None)
             embeddings = self.code.insert_image_features(embeddings, is_vision, image_features)
-        call, text, _ = core.plan_call(embeddings, is_vision, attention_mask, None)
-        arguments = joint_arguments(core.language_model, embeddings, call)
-        return EmbeddedBatch(embeddings, is_vision, text, arguments)
+        call, text, _, mask = core.plan_call(
+            embeddings, is_vision, attention_mask, None, image_features=image_features
+        )
+        return EmbeddedBatch(embeddings, is_vision, text, self.code.joint_arguments(call, mask))
 
     def run_joint(self, batch: "EmbeddedBatch") -> torch.Tensor:
         joint_layers, _, _ = self.layers()
@@ -236,15 +230,14 @@ class StagedModel(nn.Module):
         """Final states `(N, D)`, after the norm, of the tokens that predict the answers. Of the last layer, other
         tokens need their keys and values only."""
         core, decoder = self.core, self.core.language_model
-        call, vision = self.plan_vision(features)
+        call, vision, mask = self.plan_vision(features)
         states = self.code.run_stream(core.side_branch, features.hidden_states, vision)
         *fusion_layers, last = self.layers()[2]
-        if fusion_layers or not self.can_skip(last):
-            arguments = joint_arguments(decoder, states, call)
-        states = self.code.run_layers(fusion_layers, states, arguments) if fusion_layers else states
+        arguments = self.code.joint_arguments(call, mask)
+        states = self.code.run_layers(fusion_layers, states, arguments)
         read = predicts(features.labels)
-        if self.can_skip(last):
-            states = run_where_read(last, states, read, features.attention_mask.bool(), call.rotary)
+        if self.can_read(last):
+            states = self.read(last, states, read, features.attention_mask.bool(), call.rotary)
         else:
             states = last(states, **arguments)[read]
         return decoder.norm(states)
@@ -258,24 +251,46 @@ class StagedModel(nn.Module):
         core, was_training = self.core, self.core.training
         core.training = was_training or self.is_sharded
         with torch.set_grad_enabled(torch.is_grad_enabled() or self.is_sharded):
-            call, _, vision = core.plan_call(features.hidden_states, features.is_vision, features.attention_mask, None)
+            call, _, vision, mask = core.plan_call(
+                features.hidden_states, features.is_vision, features.attention_mask, None
+            )
         core.training = was_training
-        return call, vision
+        return call, vision, mask
 
-    def can_skip(self, layer: nn.Module) -> bool:
-        """Whether the parts of `layer` may be called one by one: not where something else runs its `forward` (weights
-        that come and go with it, gradient checkpointing), nor with an attention that takes no mask of any form."""
-        config = self.core.language_model.config
-        is_wrapped = "forward" in vars(layer) or any(isinstance(weight, DTensor) for weight in layer.parameters())
-        is_checkpointed = layer.training and layer.gradient_checkpointing
-        is_plain = config.model_type in PLAIN_KEYS and config._attn_implementation in ("sdpa", "eager")
-        return is_plain and not is_wrapped and not is_checkpointed
+    def can_read(self, layer: nn.Module) -> bool:
+        """Whether `read` may call the parts of `layer` one by one: not with weights that come and go with its
+        `forward`, nor with an attention that takes no mask of any form."""
+        decoder = self.core.language_model
+        is_sharded = any(isinstance(weight, DTensor) for weight in layer.parameters())
+        takes_masks = decoder.config._attn_implementation in ("sdpa", "eager")
+        return takes_masks and not is_sharded and self.code.can_read_last(decoder, layer, None)
 
-
-def joint_arguments(decoder: nn.Module, hidden_states: torch.Tensor, call) -> dict:
-    """Arguments of the layers that see all tokens of `call`. hidden_states `(B, T, D)`."""
-    mask = create_causal_mask(decoder.config, hidden_states, call.attention_mask, None, position_ids=call.position_ids)
-    return {"attention_mask": mask, "position_embeddings": call.rotary, "position_ids": call.position_ids}
+    def read(
+        self,
+        layer: nn.Module,
+        states: torch.Tensor,
+        read: torch.BoolTensor,
+        is_token: torch.BoolTensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """What a decoder layer makes of `states` `(B, T, D)` where `read` `(B, T)`: `(N, D)`, row after row. The other
+        tokens, where `is_token`, give it keys and values."""
+        (others, is_other), (index, valid) = pack(is_token & ~read), pack(read)
+        cache = DynamicCache()
+        self.code.add_keys_and_values(layer, take(states, others), tuple(take(x, others) for x in rotary), cache)
+        is_slot, columns = torch.cat([is_other, valid], 1), torch.cat([others, index], 1)
+        visible = is_slot[:, None] & (columns[:, None] <= index[..., None])
+        visible |= ~valid[..., None]  # a row of the mask that hides everything would give NaN
+        mask = visible[:, None]
+        if self.core.language_model.config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(states.dtype).min).to(states.dtype)
+        outputs = layer(
+            take(states, index),
+            attention_mask=mask,
+            position_embeddings=tuple(take(x, index) for x in rotary),
+            **{self.code.CACHE: cache},
+        )
+        return outputs[valid]
 
 
 def pack(belongs: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
@@ -288,37 +303,6 @@ def pack(belongs: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]
 def take(tensor: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
     """Columns of `(B or 1, T, D)`: `(B, N, D)`."""
     return tensor.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
-
-
-def run_where_read(
-    layer: nn.Module,
-    states: torch.Tensor,
-    read: torch.BoolTensor,
-    is_token: torch.BoolTensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """What a decoder layer makes of `states` `(B, T, D)` where `read` `(B, T)`: `(N, D)`, row after row. The other
-    tokens, where `is_token`, give it keys and values."""
-    (others, is_other), (index, valid) = pack(is_token & ~read), pack(read)
-    attention, hidden = layer.self_attn, layer.input_layernorm(take(states, others))
-    shape = (*hidden.shape[:-1], -1, attention.head_dim)
-    keys = attention.k_proj(hidden).view(shape).transpose(1, 2)
-    values = attention.v_proj(hidden).view(shape).transpose(1, 2)
-    _, keys = apply_rotary_pos_emb(keys[:, :0], keys, *(take(x, others) for x in rotary))
-    cache = DynamicCache()
-    cache.update(keys, values, attention.layer_idx)
-    visible = torch.cat([is_other, valid], 1)[:, None] & (torch.cat([others, index], 1)[:, None] <= index[..., None])
-    visible |= ~valid[..., None]  # a row of the mask that hides everything would give NaN
-    mask = visible[:, None]
-    if attention.config._attn_implementation == "eager":
-        mask = torch.where(mask, 0.0, torch.finfo(states.dtype).min).to(states.dtype)
-    outputs = layer(
-        take(states, index),
-        attention_mask=mask,
-        position_embeddings=tuple(take(x, index) for x in rotary),
-        past_key_values=cache,
-    )
-    return outputs[valid]
 
 
 @dataclass
