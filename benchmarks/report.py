@@ -146,15 +146,20 @@ def training_table(record: dict) -> str:
 
 def soak_table(record: dict) -> str:
     """Memory and answers over thousands of calls."""
-    memory = [f"{find(record['rss_bytes']) / 2**20:.0f}" for find in (min, max)]
-    slopes = record["slopes"]
+    held = [f"{record['held_bytes'][i] / 2**20:.1f}" for i in (0, len(record["held_bytes"]) // 2, -1)]
+    (memory, low, high), (objects, *_) = record["slopes"]["bytes_per_call"], record["slopes"]["objects_per_call"]
     return markdown(
-        ["calls", "resident memory", "growth after the warm-up, a call", "answers that changed"],
+        [
+            "calls",
+            "memory held at first, half-way, at last",
+            "a call adds, in the second half",
+            "answers that changed",
+        ],
         [
             [
                 f"{record['calls'][-1]:,}",
-                f"{memory[0]} to {memory[1]} MiB",
-                f"{slopes['bytes_per_call']:.1f} bytes, {slopes['objects_per_call']:.4f} Python objects",
+                f"{', '.join(held)} MiB",
+                f"{memory:.1f} bytes (95 %: {low:.1f} to {high:.1f}), {objects:.4f} Python objects",
                 str(len(record["different"])),
             ]
         ],
