@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -126,15 +126,20 @@ def routed_config(dense_config, routing: Routing) -> DPVRConfig:
 
 
 def prompt_cost(dense_config, method, vision_tokens: int, text_tokens: int) -> tuple[int, int]:
-    """FLOPs of the decoder for one prompt, and bytes of the KV cache after it in 16 bit."""
+    """FLOPs of the decoder for one prompt, and bytes of the KV cache after it in 16 bit.
+
+    Of the last layer only the prompt's last token is read. DPVR computes no other's output there; that has nothing to
+    do with what it routes, so it is counted so for every method.
+    """
     if isinstance(method, Routing):
         config = routed_config(dense_config, method)
-        flops = accounting.prefill_flops(config, vision_tokens, text_tokens, skip_unread_vision=True)
-        held = sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
-    else:
-        flops = baselines.prefill_flops(dense_config, method, vision_tokens, text_tokens)
-        held = baselines.cache_bytes(dense_config, method, vision_tokens, text_tokens)
-    return flops.decoder, held
+        flops = accounting.prefill_flops(config, vision_tokens, text_tokens).decoder
+        return flops, sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
+    arguments = (dense_config, method, vision_tokens, text_tokens)
+    loads = baselines.prefill_loads(*arguments)
+    loads[-1] = replace(loads[-1], queries=1)
+    flops = sum(accounting.layer_flops(dense_config.text_config, load) for load in loads)
+    return flops + baselines.ranking_flops(*arguments), baselines.cache_bytes(*arguments)
 
 
 def relative_cost(dense_config, method, lengths: dict[int, int]) -> tuple[float, float]:
@@ -248,7 +253,7 @@ def pruned_accuracy(model: PrunedLlava, stages: tuple[baselines.Stage, ...], bat
 def routed_features(staged: StagedModel, batch: Prepared) -> Features:
     """What DPVR's side branch and fusion layers start from: the text-only layers are run."""
     states = batch.states[staged.config.saturation_layer].float()
-    _, text, _ = staged.core.plan_call(states, batch.is_vision, batch.attention_mask, None)
+    text = staged.core.plan_call(states, batch.is_vision, batch.attention_mask, None)[1]
     states = staged.code.run_stream(staged.layers()[1], states, text)
     return Features(states, batch.is_vision, batch.attention_mask, batch.labels, batch.final_states)
 
