@@ -881,7 +881,9 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             attention_mask: `(B, tokens in the cache + T)`, 0 at padding on either side; a 4D mask is taken as it is.
             position_ids: `(B, T)`; by default the place in the row.
             past_key_values: any transformers cache, empty or filled by this model. It is extended in place. From
-                transformers 5.24 on it is called `cache`; either name is taken.
+                transformers 5.24 on it is called `cache`; either name is taken. With `cache.expects_images = False` it
+                holds no keys of the side branch, which only a later image reads; `generate` sets that on caches of its
+                own.
             inputs_embeds: `(B, T, D)` in place of `input_ids`.
             mm_token_type_ids: `(B, T)`, 1 at vision tokens, 0 at text. `DPVRProcessor` and `generate` give it. Needed
                 with `inputs_embeds`; with `input_ids` the image tokens tell, where images come with them.

@@ -31,6 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.tables import markdown
+
 SIZES = {  # GB to the shape of the model: decoder layers, width, layers of the vision tower
     "0.1": (12, 256, 2),
     "1": (10, 1024, 24),
@@ -119,6 +121,28 @@ def measure(work: Path, size: str, rounds: int) -> dict:
     }
 
 
+def table(record: dict) -> str:
+    """The results as Markdown, one row for each size: medians, and the range of the times."""
+
+    def seconds(times: list[float]) -> str:
+        return f"{statistics.median(times):.1f} [{min(times):.1f}, {max(times):.1f}]"
+
+    rows = []
+    for result in record["sizes"].values():
+        conversions, links = result["conversions"], result["links"]
+        rows.append(
+            [
+                f"{result['source_bytes'] / 1e9:.1f} GB",
+                seconds(result["copy_seconds"]),
+                seconds([each["seconds"] for each in conversions]),
+                f"{result['ratio']:.2f}",
+                f"{max(each['peak_bytes'] for each in conversions) / 2**20:,.0f} MiB",
+                f"{seconds([each['seconds'] for each in links])} s, {links[0]['written_bytes'] / 1e9:.2f} GB",
+            ]
+        )
+    return markdown(["source", "copy, s", "conversion, s", "ratio", "peak memory", "`--link`"], rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Time and memory of conversions beside a plain copy.",
@@ -136,6 +160,9 @@ def main() -> int:
     if args.convert:
         convert_here(*args.convert, args.link)
         return 0
+    import torch
+
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory(dir=args.work, prefix="conversion-") as work:
         sizes = {}
         for size in args.sizes:
@@ -148,11 +175,8 @@ def main() -> int:
                 f"{result['links'][0]['written_bytes'] / 1e9:.3f} GB",
                 flush=True,
             )
-    import torch
-
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"machine": machine, "sizes": sizes}, indent=2) + "\n")
+            args.output.parent.mkdir(parents=True, exist_ok=True)  # each size as soon as it is measured
+            args.output.write_text(json.dumps({"machine": machine, "sizes": sizes}, indent=2) + "\n")
     return 0
 
 

@@ -233,7 +233,7 @@ def device_name(args) -> str:
     return f"{model}, {args.threads} threads"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="examples:\n"
@@ -261,7 +261,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--folder", help="for the cached features (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         args.vision_tokens, args.text_tokens = map(int, args.tokens.split("+"))
     except ValueError:

@@ -37,6 +37,7 @@ REASONS = (
     "corrupt image",
     "too long",
     "template",
+    "refused by the processor",
 )
 
 
@@ -202,7 +203,12 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
     short = tokenizer(text, return_offsets_mapping=True)  # one token for each image, as yet
     is_answer = torch.tensor([any(a <= i and j <= b and i < j for a, b in spans) for i, j in short["offset_mapping"]])
-    encoded = processor(images=images or None, text=text, return_tensors="pt")
+    if len(is_answer) > max_length:
+        raise BadRowError("too long", f"{len(is_answer)} tokens without those of images, more than {max_length}")
+    try:
+        encoded = processor(images=images or None, text=text, return_tensors="pt")
+    except ValueError as error:
+        raise BadRowError("refused by the processor", str(error)) from error
     row = {name: encoded[name][0] for name in ("input_ids", "mm_token_type_ids")}
     num_image_tokens = int((row["input_ids"] == image_id).sum())
     repeats = torch.ones(len(is_answer), dtype=torch.long)
