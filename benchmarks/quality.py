@@ -70,8 +70,8 @@ class Routing:
     """A DPVR.
 
     Attributes:
-        training: `"untrained"`, `"trained"` for the side branch alone, or `"trained with fusion"` for the fusion
-            layers too.
+        training: `"untrained"`, `"trained"` for the side branch alone, `"trained with fusion"` for the fusion layers
+            too, or `"fusion trained alone"`, which tells what the side branch has to do with it.
     """
 
     saturation_layer: int
@@ -110,6 +110,7 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
     routings = [Routing(layer, training) for training in TRAININGS for layer in range(1, num_layers)]
     for layer in fractions(num_layers, 1 / 8, 1 / 4):
         routings += [Routing(layer, training, num_fusion_layers=2) for training in TRAININGS[1:]]
+        routings.append(Routing(layer, "fusion trained alone"))
         routings.append(Routing(layer, "trained", num_side_layers=2))
     return found | {name_of(routing): routing for routing in routings}
 
@@ -335,7 +336,8 @@ def measure_routings(
             if str(seed) in mine:
                 continue
             late.load_state_dict(untrained)
-            late["fusion"].requires_grad_(routing.training == "trained with fusion")
+            late["side branch"].requires_grad_(routing.training != "fusion trained alone")
+            late["fusion"].requires_grad_("fusion" in routing.training)
             if routing.training != "untrained":
                 rows = rows or [row for batch in pool for row in split_rows(routed_features(staged, batch))]
                 train_side_branch(staged, rows, seed, args)
