@@ -527,15 +527,22 @@ def plot(entries: list[Entry], path: Path) -> None:
     models = list(dict.fromkeys(entry.model for entry in entries))
     layout = [(model, cost) for model in models for cost in ("flops", "kv_bytes")]
     figure, axes = pyplot.subplots(
-        len(layout), len(task.KINDS), figsize=(15, 3.4 * len(layout)), sharey="row", squeeze=False
+        len(layout),
+        len(task.KINDS),
+        figsize=(15, 3.4 * len(layout)),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
     labels = {"flops": "decoder FLOPs of the prompt, % of dense", "kv_bytes": "KV-cache bytes, % of dense"}
     for row, (model, cost) in zip(axes, layout, strict=True):
         for axis, kind in zip(row, task.KINDS, strict=True):
             for family, (color, marker, line, label) in FAMILIES.items():
                 chosen = [entry for entry in entries if entry.model == model and entry.family == family]
+                if not chosen:
+                    continue
                 chosen.sort(key=lambda entry: getattr(entry, cost))
-                means, halves = np.array([mean_interval(100 * e.accuracy[kind]) for e in chosen]).reshape(-1, 2).T
+                means, halves = np.array([mean_interval(100 * e.accuracy[kind]) for e in chosen]).T
                 axis.errorbar(
                     [100 * getattr(entry, cost) for entry in chosen],
                     means,
@@ -554,8 +561,7 @@ def plot(entries: list[Entry], path: Path) -> None:
             axis.set_xlabel(labels[cost], fontsize=8)
             axis.grid(alpha=0.3)
         row[0].set_ylabel("right answers, %")
-    axes[0, 0].legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=len(FAMILIES))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
