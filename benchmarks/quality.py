@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -70,8 +70,8 @@ class Routing:
     """A DPVR.
 
     Attributes:
-        training: `"untrained"`, `"trained"` for the side branch alone, or `"trained with fusion"` for the fusion
-            layers too.
+        training: `"untrained"`, `"trained"` for the side branch alone, `"trained with fusion"` for the fusion layers
+            too, or `"fusion trained alone"`, which tells what the side branch has to do with it.
     """
 
     saturation_layer: int
@@ -110,6 +110,7 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
     routings = [Routing(layer, training) for training in TRAININGS for layer in range(1, num_layers)]
     for layer in fractions(num_layers, 1 / 8, 1 / 4):
         routings += [Routing(layer, training, num_fusion_layers=2) for training in TRAININGS[1:]]
+        routings.append(Routing(layer, "fusion trained alone"))
         routings.append(Routing(layer, "trained", num_side_layers=2))
     return found | {name_of(routing): routing for routing in routings}
 
@@ -126,15 +127,20 @@ def routed_config(dense_config, routing: Routing) -> DPVRConfig:
 
 
 def prompt_cost(dense_config, method, vision_tokens: int, text_tokens: int) -> tuple[int, int]:
-    """FLOPs of the decoder for one prompt, and bytes of the KV cache after it in 16 bit."""
+    """FLOPs of the decoder for one prompt, and bytes of the KV cache after it in 16 bit.
+
+    Of the last layer only the prompt's last token is read. DPVR computes no other's output there; that has nothing to
+    do with what it routes, so it is counted so for every method.
+    """
     if isinstance(method, Routing):
         config = routed_config(dense_config, method)
-        flops = accounting.prefill_flops(config, vision_tokens, text_tokens, skip_unread_vision=True)
-        held = sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
-    else:
-        flops = baselines.prefill_flops(dense_config, method, vision_tokens, text_tokens)
-        held = baselines.cache_bytes(dense_config, method, vision_tokens, text_tokens)
-    return flops.decoder, held
+        flops = accounting.prefill_flops(config, vision_tokens, text_tokens).decoder
+        return flops, sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
+    arguments = (dense_config, method, vision_tokens, text_tokens)
+    loads = baselines.prefill_loads(*arguments)
+    loads[-1] = replace(loads[-1], queries=1)
+    flops = sum(accounting.layer_flops(dense_config.text_config, load) for load in loads)
+    return flops + baselines.ranking_flops(*arguments), baselines.cache_bytes(*arguments)
 
 
 def relative_cost(dense_config, method, lengths: dict[int, int]) -> tuple[float, float]:
@@ -248,7 +254,7 @@ def pruned_accuracy(model: PrunedLlava, stages: tuple[baselines.Stage, ...], bat
 def routed_features(staged: StagedModel, batch: Prepared) -> Features:
     """What DPVR's side branch and fusion layers start from: the text-only layers are run."""
     states = batch.states[staged.config.saturation_layer].float()
-    _, text, _ = staged.core.plan_call(states, batch.is_vision, batch.attention_mask, None)
+    text = staged.core.plan_call(states, batch.is_vision, batch.attention_mask, None)[1]
     states = staged.code.run_stream(staged.layers()[1], states, text)
     return Features(states, batch.is_vision, batch.attention_mask, batch.labels, batch.final_states)
 
@@ -330,7 +336,8 @@ def measure_routings(
             if str(seed) in mine:
                 continue
             late.load_state_dict(untrained)
-            late["fusion"].requires_grad_(routing.training == "trained with fusion")
+            late["side branch"].requires_grad_(routing.training != "fusion trained alone")
+            late["fusion"].requires_grad_("fusion" in routing.training)
             if routing.training != "untrained":
                 rows = rows or [row for batch in pool for row in split_rows(routed_features(staged, batch))]
                 train_side_branch(staged, rows, seed, args)
@@ -520,15 +527,22 @@ def plot(entries: list[Entry], path: Path) -> None:
     models = list(dict.fromkeys(entry.model for entry in entries))
     layout = [(model, cost) for model in models for cost in ("flops", "kv_bytes")]
     figure, axes = pyplot.subplots(
-        len(layout), len(task.KINDS), figsize=(15, 3.4 * len(layout)), sharey="row", squeeze=False
+        len(layout),
+        len(task.KINDS),
+        figsize=(15, 3.4 * len(layout)),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
     labels = {"flops": "decoder FLOPs of the prompt, % of dense", "kv_bytes": "KV-cache bytes, % of dense"}
     for row, (model, cost) in zip(axes, layout, strict=True):
         for axis, kind in zip(row, task.KINDS, strict=True):
             for family, (color, marker, line, label) in FAMILIES.items():
                 chosen = [entry for entry in entries if entry.model == model and entry.family == family]
+                if not chosen:
+                    continue
                 chosen.sort(key=lambda entry: getattr(entry, cost))
-                means, halves = np.array([mean_interval(100 * e.accuracy[kind]) for e in chosen]).reshape(-1, 2).T
+                means, halves = np.array([mean_interval(100 * e.accuracy[kind]) for e in chosen]).T
                 axis.errorbar(
                     [100 * getattr(entry, cost) for entry in chosen],
                     means,
@@ -547,8 +561,7 @@ def plot(entries: list[Entry], path: Path) -> None:
             axis.set_xlabel(labels[cost], fontsize=8)
             axis.grid(alpha=0.3)
         row[0].set_ylabel("right answers, %")
-    axes[0, 0].legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=len(FAMILIES))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

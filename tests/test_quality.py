@@ -146,7 +146,11 @@ def test_costs_are_shares_of_the_dense_model(llava):
     assert shares[3][1] == pytest.approx(1 - 36 / 81 / 2)
     routed = quality.relative_cost(llava.config, Routing(4, "trained"), lengths)
     assert shares[3][0] < routed[0] < 1
-    assert routed[1] == pytest.approx(1 - 36 / 81 * 2 / 8)  # three layers without, a side branch with
+    assert routed[1] == pytest.approx(1 - 36 / 81 * 3 / 8)
+    # five layers of vision and a side branch against five layers: the last one's keys and values are what is left
+    beside = quality.relative_cost(llava.config, vtw(5), lengths)
+    assert routed[1] == beside[1]
+    assert beside[0] < routed[0] < beside[0] + 0.05
 
 
 def test_every_method_of_the_larger_model_has_a_cost(llava):
