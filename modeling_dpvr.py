@@ -41,6 +41,7 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.output_capturing import capture_outputs, selected_hidden_states
 
 from .configuration_dpvr import AUTO_MAP, DPVRConfig
@@ -55,6 +56,13 @@ for ours, llavas in (("dpvr", "llava"), ("DPVRModel", "LlavaModel")):
 # Transformers 5.24 renamed `past_key_values` to `cache`, as an argument and in outputs
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 IMAGES = "image_outputs" if "image_outputs" in LlavaModelOutputWithPast.__dataclass_fields__ else "image_hidden_states"
+
+
+def warn_of_the_old_name(forward):
+    """Says, as LLaVA does where transformers calls it `cache`, that `past_key_values` will go."""
+    return forward if CACHE == "past_key_values" else deprecate_kwarg("past_key_values", "5.40.0", CACHE)(forward)
+
+
 # Backbones whose keys are what `k_proj` and the rotation make of a hidden state, nothing else
 PLAIN_KEYS = ("llama", "mistral", "qwen2")
 
@@ -498,6 +506,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 else:
                     initialization.copy_(weight, source.get_parameter(name))
 
+    @warn_of_the_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -517,7 +526,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaModelOutputWithPast:
         """Arguments and errors as in [`DPVRForConditionalGeneration.forward`]; `last_hidden_state` is `(B, T, D)`, or
-        `(B, logits_to_keep, D)` of the last tokens if that is an integer other than 0."""
+        `(B, logits_to_keep, D)` of the last tokens if that is a positive integer."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache = past_key_values if cache is None else cache
@@ -668,7 +677,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             vision,
             call,
             mask,
-            num_read=logits_to_keep if isinstance(logits_to_keep, int) and not is_recorded else 0,
+            num_read=max(logits_to_keep, 0) if isinstance(logits_to_keep, int) and not is_recorded else 0,
             return_dict=True,
             **kwargs,
         )
@@ -866,6 +875,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         """Image features after the projector, as [`~transformers.LlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @warn_of_the_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -929,8 +939,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             vision_feature_layer=vision_feature_layer,

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -578,10 +579,25 @@ def test_logits_to_keep_and_tuples_are_as_in_llava(model):
     logits = model(**batch).logits
     assert_close(model(**batch, logits_to_keep=2).logits, logits[:, -2:])
     assert torch.equal(model(**batch, logits_to_keep=99).logits, logits)
+    assert torch.equal(model(**batch, logits_to_keep=-1).logits, logits[:, 1:])
     assert_close(model(**batch, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
     assert torch.equal(model(**batch, return_dict=False)[0], logits)
     hidden = model.model(**batch, return_dict=False)[0]
     assert torch.equal(model.lm_head(hidden), logits)
+
+
+def test_a_cache_by_its_old_name_is_taken_with_llavas_warning(model):
+    """Whether there is one depends on transformers, which renamed `past_key_values` to `cache` in 5.24."""
+    heard = []
+    for each in (make_llava(), model):
+        for part in (each, each.model):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                cache = DynamicCache()
+                part(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
+            assert cache.get_seq_length() == 2
+            heard.append([warning.category for warning in caught if "past_key_values" in str(warning.message)])
+    assert heard[:2] == heard[2:]
 
 
 # --- work that nobody reads ----------------------------------------------------------------------------------------
