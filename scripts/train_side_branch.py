@@ -65,7 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--output", type=Path, required=True, help="folder for adapter, checkpoints and records")
     parser.add_argument("--eval-data", type=Path, help="conversations to evaluate on while training")
     parser.add_argument("--eval-rows", type=int, default=0, help="without --eval-data: hold back this many of DATA")
-    parser.add_argument("--loss", choices=list(LOSSES), default="distill", help="default: %(default)s")
+    parser.add_argument("--loss", choices=list(LOSSES), default="answer", help="default: %(default)s")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--lora", choices=["fusion"], help="train LoRA on the fusion layers as well")
     what.add_argument("--peft-config", type=Path, help="folder of an adapter_config.json to train as well")

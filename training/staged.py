@@ -83,7 +83,7 @@ class StagedModel(nn.Module):
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, and does not divide by the accumulated steps
     main_input_name = "labels"
 
-    def __init__(self, model: nn.Module, loss: str = "distill"):
+    def __init__(self, model: nn.Module, loss: str = "answer"):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is none of {', '.join(LOSSES)}.")
