@@ -377,7 +377,7 @@ def cached(embedded, pictures, processor, tmp_path):
     model = AutoModel.from_pretrained(embedded, trust_remote_code=True).requires_grad_(False)
     model.model.side_branch.requires_grad_(True)
     data = open_data(pictures / "good.json", pictures, processor, tmp_path / "bad.jsonl")
-    model = StagedModel(model)
+    model = StagedModel(model, "distill")
     size = feature_cache.estimate_row(model, data, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_cache, "SHARD_BYTES", 3 * size)
