@@ -239,8 +239,8 @@ def check_image_size(image_processor, config: LlavaConfig, folder: Path) -> None
     """Refuses an image processor that makes images of another size than the vision tower takes."""
     fields, size = image_processor.to_dict(), config.vision_config.image_size
     made = fields.get("crop_size") if fields.get("do_center_crop", True) else fields.get("size")
-    sides = {value for value in made.values() if value is not None} if isinstance(made, dict) else {made} - {None}
-    if sides - {size}:
+    sides = made.values() if isinstance(made, dict) else [made]
+    if any(side not in (None, size) for side in sides):
         raise ConversionError(
             f"The image processor of {folder} makes images of {made}, but vision_config.image_size is {size}."
         )

@@ -284,9 +284,7 @@ class Decoder:
             return states
         rotary = self.stack.rotary_emb(states, position_ids=positions[None])
         # Without positions: gaps among them would be read as borders of packed sequences
-        mask = create_causal_mask(
-            config=self.stack.config, inputs_embeds=states, attention_mask=None, past_key_values=None
-        )
+        mask = create_causal_mask(self.stack.config, states, None, None)
         for layer in self.stack.layers[first:end]:
             states = layer(states, attention_mask=mask, position_embeddings=rotary)
         return states

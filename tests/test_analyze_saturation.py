@@ -494,7 +494,7 @@ def test_the_cost_table_of_llava_1_5_7b_has_the_numbers_of_the_accounting():
     assert [entry["saturation_layer"] for entry in table] == list(range(1, 32))
     chosen = table[17]
     assert (round(chosen["flops_ratio"], 3), round(chosen["cache_ratio"], 3)) == (0.635, 0.634)  # the README's
-    assert round(chosen["flops"] / 1e12, 2) == 5.63
+    assert round(chosen["flops"] / 1e12, 2) == 5.4
     assert chosen["cache_bytes"] / 2**20 == 203
     assert all(one["flops"] < other["flops"] for one, other in itertools.pairwise(table))
 

@@ -93,7 +93,8 @@ def edit(data, content):
         parent = parent[key]
         key = data.draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
     if isinstance(parent, dict) and key != "root" and data.draw(st.integers(0, 3)) == 0:
-        parent[data.draw(st.sampled_from(sorted(parent)))] = parent.pop(key)
+        other = data.draw(st.sampled_from(sorted(parent)))
+        parent[other] = parent.pop(key)
     else:
         parent[key] = data.draw(JSON)
 
