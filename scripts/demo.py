@@ -26,6 +26,7 @@ from train_tiny_llava import conversation, generate_answers
 from train_tiny_side_branch import accuracy
 
 from benchmarks.accounting import prefill_flops
+from benchmarks.baselines import CACHE
 from convert_llava_to_dpvr import convert
 
 QUESTIONS_ABOUT_THE_PICTURE = 2  # of each kind
@@ -57,7 +58,7 @@ def stored_bytes(model, inputs) -> int:
     num_layers = text.num_hidden_layers + getattr(model.config, "num_side_layers", 0)
     cache = DynamicCache(config=text)
     cache.expects_images = False
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     layers = cache.layers[:num_layers]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
 
