@@ -29,6 +29,7 @@ from tqdm import tqdm
 from read_weights import (
     PIECE_BYTES,
     ConversionError,
+    StoredTensor,
     Weight,
     is_finite,
     load_pickled,
@@ -36,7 +37,7 @@ from read_weights import (
 )
 
 MAX_SHARD_BYTES = 10**9
-SYNC_BYTES = 2**26  # the disk starts to write after so many, and not only when a shard is complete
+SYNC_BYTES = 2**26  # after so many the disk starts to write, and what is written is checked
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -252,65 +253,116 @@ def as_bytes(piece: torch.Tensor) -> memoryview:
     return memoryview(piece.view(torch.uint8).numpy())
 
 
-def write_shard(
-    path: Path, shard: list[Weight], dtype: torch.dtype, workers: ThreadPoolExecutor, advance: Callable[[int], None]
-) -> dict[str, int]:
-    """Writes a safetensors file piece by piece. Returns the checksum of each tensor as it came from its source."""
-    checksums, behind, syncing = {}, 0, None
-    with path.open("wb", buffering=0) as file:
-        write_all(file, memoryview(shard_header(shard, dtype)))
-        for weight in shard:
-            checksum = 0
-            for piece in weight.pieces(dtype):
-                data = as_bytes(piece)
-                checksum = zlib.crc32(data, checksum)
-                write_all(file, data)
-                advance(len(data))
-                behind += len(data)
-                if behind >= SYNC_BYTES and (syncing is None or syncing.done()):
-                    if syncing is not None:
-                        syncing.result()  # the kernel tells of a failed write once, perhaps here
-                    syncing, behind = workers.submit(os.fdatasync, file.fileno()), 0
-            checksums[weight.name] = checksum
-        if syncing is not None:
-            syncing.result()
-    return checksums
+class ShardWriter:
+    """Writes shards, and puts on the disk, reads back and checks what is written while the next is being written.
 
+    A copy of the same files waits for the disk most of its time; the checks fit in there.
 
-def check_shard(path: Path, shard: list[Weight], dtype: torch.dtype, checksums: dict[str, int]) -> dict[str, int]:
-    """Reads a written file back. Returns how many numbers of each tensor are not finite, where any are not.
-
-    Raises:
-        ConversionError: naming file and key, if it does not hold what came from the source.
+    Args:
+        staging: where to write, and where finished shards are noted.
+        dtype: of all weights.
+        advance: called with numbers of bytes written.
     """
-    tensors, _ = read_safetensors(path)
-    nonfinite = {}
-    for weight in shard:
-        tensor, checksum, count = tensors.pop(weight.name, None), 0, 0
-        if tensor is None or (tensor.shape, tensor.dtype) != (weight.shape, dtype):
-            raise ConversionError(f"{path.name} does not hold {weight.name} as it was written.")
-        for piece in tensor.pieces():
+
+    def __init__(self, staging: Staging, dtype: torch.dtype, advance: Callable[[int], object]):
+        self.staging, self.dtype, self.advance = staging, dtype, advance
+        self.summing = ThreadPoolExecutor(1)
+        self.checking = ThreadPoolExecutor(2)  # one waits for the disk while the other one reads
+        self.checks: list[Future] = []
+        self.finishing: Future | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for pool in (self.summing, self.checking):
+            pool.shutdown(cancel_futures=True)
+
+    def write(self, name: str, shard: list[Weight]) -> None:
+        """Writes a shard. It is finished when the next one is written, or after `finish`."""
+        path, header = self.staging.folder / f"{name}.tmp", shard_header(shard, self.dtype)
+        checks, written, num_bytes = [], [], 0
+        with path.open("wb", buffering=0) as file:
+            write_all(file, memoryview(header))
+            file.truncate(len(header) + sum(weight.numel for weight in shard) * self.dtype.itemsize)
+            stored = read_safetensors(path)[0]
+            for weight in shard:
+                written.append(Written(weight, stored.pop(weight.name), self._write_tensor(file, weight)))
+                num_bytes += weight.numel * self.dtype.itemsize
+                if num_bytes >= SYNC_BYTES:
+                    checks.append(self._check(path, written))
+                    written, num_bytes = [], 0
+        checks.append(self._check(path, written))
+        load_pickled.cache_clear()  # the pages that were read stay in memory as long as the file is mapped
+        self.finish()
+        self.finishing = self.checking.submit(_finish_shard, self.staging, name, checks)
+
+    def finish(self) -> None:
+        """Waits for the shard before."""
+        if self.finishing is not None:
+            self.finishing.result()
+
+    def _write_tensor(self, file: BinaryIO, weight: Weight) -> int:
+        """Returns the checksum of what came from the source."""
+        checksum = 0
+        for piece in weight.pieces(self.dtype):
+            data = as_bytes(piece)
+            summed = self.summing.submit(zlib.crc32, data, checksum)
+            write_all(file, data)
+            self.advance(len(data))
+            checksum = summed.result()
+        return checksum
+
+    def _check(self, path: Path, written: list["Written"]) -> Future:
+        if len(self.checks) >= 2:
+            self.checks[-2].result()  # no faster than the disk
+        self.checks.append(self.checking.submit(sync_and_check, path, written))
+        return self.checks[-1]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A weight, where it was written, and its checksum as it came from its source."""
+
+    weight: Weight
+    stored: StoredTensor
+    checksum: int
+
+    def count_nonfinite(self) -> int:
+        """Reads it back. Returns how many of its numbers are not finite.
+
+        Raises:
+            ConversionError: naming file and key, if they are not what came from the source.
+        """
+        checksum, count = 0, 0
+        for piece in self.stored.pieces():
             checksum = zlib.crc32(as_bytes(piece), checksum)
             if not is_finite(piece):
                 count += int((~piece.isfinite()).sum())
-        if checksum != checksums.get(weight.name):
+        if checksum != self.checksum:
             raise ConversionError(
-                f"{weight.name} in {path.name} differs from its source ({weight.origin}) when read back: checksum "
-                f"{checksum:08x}, not {checksums.get(weight.name, 0):08x}. Is the disk sound?"
+                f"{self.weight.name} in {self.stored.path.name} differs from its source ({self.weight.origin}) when "
+                f"read back: checksum {checksum:08x}, not {self.checksum:08x}. Is the disk sound?"
             )
-        if count:
-            nonfinite[weight.name] = count
-    if tensors:
-        raise ConversionError(f"{path.name} holds {next(iter(tensors))}, which nobody wrote.")
-    return nonfinite
+        return count
 
 
-def _finish_shard(staging: Staging, name: str, shard: list[Weight], dtype: torch.dtype, checksums: dict) -> None:
-    """Makes a written shard last: on the disk, read back, under its name, noted."""
-    written = staging.folder / f"{name}.tmp"
-    sync(written)
-    nonfinite = check_shard(written, shard, dtype, checksums)
-    os.replace(written, staging.folder / name)
+def sync_and_check(path: Path, written: list[Written]) -> tuple[dict[str, int], dict[str, int]]:
+    """Waits until weights are on the disk and reads them back. Returns the checksum of each, and how many numbers are
+    not finite where any are not."""
+    sync(path)
+    counts = {each.weight.name: each.count_nonfinite() for each in written}
+    checksums = {each.weight.name: each.checksum for each in written}
+    return checksums, {name: count for name, count in counts.items() if count}
+
+
+def _finish_shard(staging: Staging, name: str, checks: list[Future]) -> None:
+    """Gives a shard its name once all of it is checked, and notes it."""
+    checksums, nonfinite = {}, {}
+    for check in checks:
+        checksums |= check.result()[0]
+        nonfinite |= check.result()[1]
+    os.replace(staging.folder / f"{name}.tmp", staging.folder / name)
     sync(staging.folder)
     line = {"shard": name, "checksums": checksums, "nonfinite": nonfinite}
     staging.note(**line)
@@ -322,14 +374,18 @@ def _is_finished(staging: Staging, name: str, shard: list[Weight], dtype: torch.
     if name not in staging.finished:
         return False
     with contextlib.suppress(ConversionError, OSError):
-        check_shard(staging.folder / name, shard, dtype, staging.finished[name]["checksums"])
-        return True
+        stored = read_safetensors(staging.folder / name)[0]
+        checksums = staging.finished[name]["checksums"]
+        if [(w.name, w.shape, dtype) for w in shard] == [(t.key, t.shape, t.dtype) for t in stored.values()]:
+            for weight in shard:
+                Written(weight, stored[weight.name], checksums.get(weight.name)).count_nonfinite()
+            return True
     del staging.finished[name]
     return False
 
 
 def write_shards(staging: Staging, shards: dict[str, list[Weight]], dtype: torch.dtype, progress: bool) -> None:
-    """Writes all shards that are not finished. While one is read back, the next is written.
+    """Writes all shards that are not finished.
 
     Raises:
         ConversionError: if the disk has too little room, a number does not fit into `dtype`, or what is read back is
@@ -340,17 +396,11 @@ def write_shards(staging: Staging, shards: dict[str, list[Weight]], dtype: torch
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights", disable=disable)
     todo = {name: shard for name, shard in shards.items() if not _is_finished(staging, name, shard, dtype)}
     check_room(staging.folder, sum(sizes[name] for name in todo))
-    finishing: Future | None = None
-    with bar, ThreadPoolExecutor(2) as workers:
+    with bar, ShardWriter(staging, dtype, bar.update) as writer:
         bar.update(total - sum(sizes[name] for name in todo))
         for name, shard in todo.items():
-            checksums = write_shard(staging.folder / f"{name}.tmp", shard, dtype, workers, bar.update)
-            load_pickled.cache_clear()  # the pages that were read stay in memory as long as the file is mapped
-            if finishing is not None:
-                finishing.result()
-            finishing = workers.submit(_finish_shard, staging, name, shard, dtype, checksums)
-        if finishing is not None:
-            finishing.result()
+            writer.write(name, shard)
+        writer.finish()
 
 
 def link_files(staging: Staging, files: dict[str, Path]) -> dict[str, str]:

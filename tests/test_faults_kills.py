@@ -69,12 +69,11 @@ def test_a_killed_conversion_to_links_goes_on(source):
 def test_a_disk_that_refuses_gets_one_sentence_and_keeps_nothing(source, options):
     runs = many_runs("fail", source, *options)
     assert len(runs) >= 10
-    assert sum(run["code"] == 0 for run in runs) <= 1
+    assert sum(run["code"] == 1 for run in runs) >= 8
     for run in runs:
         assert run["source untouched"], run
-        if run["code"] == 0:  # the output was complete, only its journal could not be removed
-            assert run["stderr"] == "", run
-            assert "new/dpvr/model.safetensors.index.json" in run["left"], run
+        if run["code"] == 0:  # nothing was lost: Python writes where sendfile fails, or the journal stayed
+            assert (run["complete"], run["stderr"]) == (True, ""), run
             continue
         assert (run["code"], run["left"]) == (1, []), run
         assert run["stderr"].startswith("error: "), run
@@ -184,14 +183,14 @@ def test_what_is_read_back_must_be_what_was_read(tmp_path, source, monkeypatch, 
 
 
 def test_a_source_that_changes_under_the_conversion_is_refused(tmp_path, source, monkeypatch):
-    write_shard = write_checkpoint.write_shard
+    write = write_checkpoint.ShardWriter.write
 
     def touch_and_write(*args):
         path = next(source.glob("*.safetensors"))
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-        return write_shard(*args)
+        return write(*args)
 
-    monkeypatch.setattr(write_checkpoint, "write_shard", touch_and_write)
+    monkeypatch.setattr(write_checkpoint.ShardWriter, "write", touch_and_write)
     with pytest.raises(ConversionError, match=r"\.safetensors was changed while it was read"):
         convert(source, tmp_path / "dpvr")
     assert [path.name for path in tmp_path.iterdir()] == ["llava"]
