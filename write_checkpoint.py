@@ -266,7 +266,6 @@ class ShardWriter:
 
     def __init__(self, staging: Staging, dtype: torch.dtype, advance: Callable[[int], object]):
         self.staging, self.dtype, self.advance = staging, dtype, advance
-        self.summing = ThreadPoolExecutor(1)
         self.checking = ThreadPoolExecutor(2)  # one waits for the disk while the other one reads
         self.checks: list[Future] = []
         self.finishing: Future | None = None
@@ -275,8 +274,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        for pool in (self.summing, self.checking):
-            pool.shutdown(cancel_futures=True)
+        self.checking.shutdown(cancel_futures=True)
 
     def write(self, name: str, shard: list[Weight]) -> None:
         """Writes a shard. It is finished when the next one is written, or after `finish`."""
@@ -307,10 +305,9 @@ class ShardWriter:
         checksum = 0
         for piece in weight.pieces(self.dtype):
             data = as_bytes(piece)
-            summed = self.summing.submit(zlib.crc32, data, checksum)
+            checksum = zlib.crc32(data, checksum)
             write_all(file, data)
             self.advance(len(data))
-            checksum = summed.result()
         return checksum
 
     def _check(self, path: Path, written: list["Written"]) -> Future:
