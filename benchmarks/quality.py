@@ -49,6 +49,7 @@ from benchmarks.side_branch_seeds import train as train_side_branch
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from convert_llava_to_dpvr import convert
+from training.adapters import add_adapter
 from training.staged import Features, StagedModel, predicts, split_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -56,6 +57,7 @@ FIGURE = ROOT / "figures" / "quality.png"
 MODELS = ("tiny-llava", "tiny-llava-12")
 SETTINGS = ("questions", "steps", "batch_size", "learning_rate", "pool")
 TRAININGS = ("untrained", "trained", "trained with fusion")
+LORA = "trained with LoRA"
 FASTV_RATIOS = (0.25, 0.5, 0.75, 0.9)
 PYRAMID_SHARES = (0.5, 0.25)
 VISION_HEAVY = ("count", "describe")
@@ -71,7 +73,8 @@ class Routing:
 
     Attributes:
         training: `"untrained"`, `"trained"` for the side branch alone, `"trained with fusion"` for the fusion layers
-            too, or `"fusion trained alone"`, which tells what the side branch has to do with it.
+            too, `"trained with LoRA"` for LoRA on these instead, which an adapter can hold, or `"fusion trained
+            alone"`, which tells what the side branch has to do with it.
     """
 
     saturation_layer: int
@@ -110,7 +113,7 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
     routings = [Routing(layer, training) for training in TRAININGS for layer in range(1, num_layers)]
     for layer in fractions(num_layers, 1 / 8, 1 / 4):
         routings += [Routing(layer, training, num_fusion_layers=2) for training in TRAININGS[1:]]
-        routings.append(Routing(layer, "fusion trained alone"))
+        routings += [Routing(layer, training) for training in ("fusion trained alone", LORA)]
         routings.append(Routing(layer, "trained", num_side_layers=2))
     return found | {name_of(routing): routing for routing in routings}
 
@@ -296,7 +299,7 @@ def measure_baselines(llava_folder: Path, found: dict, held_out: list[list[Prepa
 
 
 def load_routed(llava_folder: Path, routing: Routing, folder: Path) -> StagedModel:
-    """The DPVR that the converter makes, of which the side branch trains."""
+    """The DPVR that the converter makes, of which the side branch trains, and LoRA where there is to be any."""
     path = folder / name_of(routing).replace("/", "-").replace(" ", "-")
     convert(
         llava_folder,
@@ -308,6 +311,8 @@ def load_routed(llava_folder: Path, routing: Routing, folder: Path) -> StagedMod
     )
     model = AutoModel.from_pretrained(path, trust_remote_code=True).requires_grad_(False)
     shutil.rmtree(path)
+    if routing.training == LORA:
+        return StagedModel(add_adapter(model, "fusion"))
     model.model.side_branch.requires_grad_(True)
     return StagedModel(model)
 
@@ -336,8 +341,9 @@ def measure_routings(
             if str(seed) in mine:
                 continue
             late.load_state_dict(untrained)
-            late["side branch"].requires_grad_(routing.training != "fusion trained alone")
-            late["fusion"].requires_grad_("fusion" in routing.training)
+            if routing.training != LORA:
+                late["side branch"].requires_grad_(routing.training != "fusion trained alone")
+                late["fusion"].requires_grad_("fusion" in routing.training)
             if routing.training != "untrained":
                 rows = rows or [row for batch in pool for row in split_rows(routed_features(staged, batch))]
                 train_side_branch(staged, rows, seed, args)
@@ -369,7 +375,12 @@ def measure(name: str, args, record: dict) -> None:
     groups: dict[tuple, list[Routing]] = {}
     for method in missing.values():
         if isinstance(method, Routing):
-            geometry = (method.num_side_layers, method.num_fusion_layers, method.saturation_layer)
+            geometry = (
+                method.num_side_layers,
+                method.num_fusion_layers,
+                method.training == LORA,
+                method.saturation_layer,
+            )
             groups.setdefault(geometry, []).append(method)
     pool = training_batches(llava, processor, -(-args.pool // LONG_BATCH)) if groups else []
     for geometry in tqdm(sorted(groups), desc=f"{name}: routings"):

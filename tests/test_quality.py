@@ -91,7 +91,7 @@ def test_going_on_from_the_dense_models_states_changes_nothing(name, pruned, pro
 
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     found = {"dense": (), "vtw/6": vtw(6)}
-    found |= {f"dpvr/6/{training}": Routing(6, training) for training in quality.TRAININGS}
+    found |= {f"dpvr/6/{training}": Routing(6, training) for training in (*quality.TRAININGS, quality.LORA)}
     monkeypatch.setattr(quality, "methods", lambda num_layers: found)
     output = tmp_path / "quality.json"
     arguments = ["--models", "tiny-llava", "--questions", "1", "--steps", "1", "--pool", "16", "--batch-size", "2"]
