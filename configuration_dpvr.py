@@ -32,14 +32,15 @@ class DPVRConfig(LlavaConfig):
             S. Layers `0..S-1` of the decoder see vision and text tokens; at layer S vision tokens leave for the side
             branch. 18 of 32 is the choice of arXiv 2606.09131 (abstract) for LLaVA-1.5-7B.
         num_side_layers (`int`, defaults to 1):
-            Decoder layers of the side branch; only these are trained.
+            Decoder layers of the side branch; in the paper only these are trained. 0 for none: vision tokens then
+            wait for the fusion layers as layer S-1 left them, which is cheaper, and what trains is the fusion layers.
         num_fusion_layers (`int`, defaults to 1):
             Last decoder layers, which see vision and text tokens again. With L decoder layers, layers
             `S..L-num_fusion_layers-1` are text-only.
 
     Raises:
         ValueError: unless `1 <= saturation_layer <= num_hidden_layers - num_fusion_layers <= num_hidden_layers - 1`
-            and `num_side_layers >= 1`. The message names the field, its value and the range.
+            and `num_side_layers >= 0`. The message names the field, its value and the range.
 
     Example:
 
@@ -73,8 +74,8 @@ class DPVRConfig(LlavaConfig):
                 f"fusion layer (text_config.num_hidden_layers={num_layers} less "
                 f"num_fusion_layers={self.num_fusion_layers})."
             )
-        if self.num_side_layers < 1:
-            raise ValueError(f"num_side_layers={self.num_side_layers} must be at least 1.")
+        if self.num_side_layers < 0:
+            raise ValueError(f"num_side_layers={self.num_side_layers} must be at least 0.")
 
     @property
     def first_fusion_layer(self) -> int:

@@ -132,7 +132,7 @@ def plan_links(checkpoint: Checkpoint, base: list[Weight], branch: list[Weight],
     if SIDE_BRANCH_FILE in names.values():
         raise ConversionError(f"--link: {checkpoint.folder} has a {SIDE_BRANCH_FILE} already.")
     linked = {name: path for path, name in names.items()}
-    return Plan({SIDE_BRANCH_FILE: branch}, linked, [weight.source for weight in base], dtype)
+    return Plan({SIDE_BRANCH_FILE: branch} if branch else {}, linked, [weight.source for weight in base], dtype)
 
 
 def write_weights(staging: Staging, plan: Plan, progress: bool) -> tuple[dict[str, str], list[tuple[str, str, int]]]:
@@ -292,7 +292,9 @@ def summarize(
         saturation_reason=why,
         roles={
             "joint": _layer_range(0, saturation),
-            "side branch": f"{config.num_side_layers} layer{'s' if config.num_side_layers > 1 else ''}, {init}",
+            "side branch": f"{config.num_side_layers} layer{'s' if config.num_side_layers > 1 else ''}, {init}"
+            if branch
+            else "none",
             "text-only": _layer_range(saturation, fusion),
             "fusion": _layer_range(fusion, config.text_config.num_hidden_layers),
         },
@@ -316,7 +318,7 @@ CARD = """\
 # {title}
 
 {source} with dual-path vision routing (DPVR-LF, arXiv 2606.09131): vision tokens leave the decoder at layer
-{saturation_layer}, pass a side branch, and meet the text again in the fusion layers. {status}
+{saturation_layer} and meet the text again in the fusion layers. {status}
 
 | tokens that pass | decoder layers |
 |---|---|
@@ -353,15 +355,19 @@ def model_card(checkpoint: Checkpoint, summary: ConversionSummary) -> str:
         base_model=None if is_local else source,
         tags=["custom_code", "dpvr", "llava"],
     )
-    untrained = (
-        f"**The side branch is untrained** ({summary.side_branch} initialisation): expect worse answers about images "
-        f"than {source}'s until it is trained."
-    )
+    worse = f"expect worse answers about images than {source}'s until it is trained."
+    if not summary.num_trainable:
+        status = f"Between them there is no side branch, and **the fusion is untrained**: {worse}"
+    elif summary.side_branch == "trained":
+        status = "Between them they pass the side branch, which is trained."
+    else:
+        init = f"{summary.side_branch} initialisation"
+        status = f"Between them they pass the side branch. **It is untrained** ({init}): {worse}"
     return CARD.format(
         front_matter=data.to_yaml().strip(),
         title=f"DPVR of {source.split('/')[-1]}",
         source=source,
-        status="The side branch is trained." if summary.side_branch == "trained" else untrained,
+        status=status,
         table="\n".join(f"| {role} | {layers} |" for role, layers in summary.roles.items()),
         share=summary.num_trainable / summary.num_parameters,
         load="\n".join(load_lines("name")).replace('"name"', "name"),

@@ -714,6 +714,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         call = Call(attention_mask, position_ids, columns, rotary, cache)
         text, vision = self.find_streams(inputs_embeds.shape[:2], is_vision, call, image_features)
+        if self.config.num_side_layers == 0:
+            vision = None  # it has nowhere to go
         mask = joint_mask(self.language_model, inputs_embeds, call)
         num_layers = self.config.text_config.num_hidden_layers
         text_slots = num_layers + self.config.num_side_layers

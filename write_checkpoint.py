@@ -232,7 +232,8 @@ def plan_shards(base: list[Weight], branch: list[Weight], itemsize: int) -> dict
             size = 0
         shards[-1].append(weight)
         size += weight.numel * itemsize
-    shards.append(branch)
+    if branch:
+        shards.append(branch)
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 

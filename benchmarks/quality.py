@@ -496,6 +496,22 @@ def by_layer(record: dict) -> str:
     return markdown(header, rows)
 
 
+def variants(record: dict) -> str:
+    """What trains, and how deep the side branch and the fusion are, where vision leaves so early that it shows."""
+    rows = []
+    for entry in summarize(record):
+        layer = entry.name.split("/")[1] if entry.name.startswith("dpvr/") else ""
+        if f"dpvr/{layer}/fusion trained alone" not in record["models"][entry.model]["cells"]:
+            continue
+        costs = [f"{100 * cost:.0f}" for cost in (entry.flops, entry.kv_bytes)]
+        what = entry.name.split("/", 2)[2].replace("/", ", ")
+        rows.append(
+            [entry.model, layer, what, *costs, *(percent(entry.accuracy[kind]) for kind in (*VISION_HEAVY, "all"))]
+        )
+    rows.sort(key=lambda row: (row[0], int(row[1])))
+    return markdown(["LLaVA", "S", "DPVR", "FLOPs %", "KV %", *VISION_HEAVY, "all kinds"], rows)
+
+
 def verdict(entries: list[Entry]) -> str:
     """Where another method costs a trained DPVR of the paper's shape the Pareto front, and by how much (paired)."""
     lines = []

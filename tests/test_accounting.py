@@ -130,6 +130,7 @@ def test_dense_cache_is_what_the_cache_holds(shape):
 ROUTINGS = {
     "one of each": {"saturation_layer": 2},
     "two of each": {"saturation_layer": 1, "num_side_layers": 2, "num_fusion_layers": 2},
+    "no side branch": {"saturation_layer": 2, "num_side_layers": 0},
     "nothing skipped": {"saturation_layer": 4},
 }
 

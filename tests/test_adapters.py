@@ -97,6 +97,20 @@ def test_every_weight_of_the_side_branch_is_trained_whatever_the_backbone(text):
     assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == branch
 
 
+def test_without_a_side_branch_lora_alone_is_trained_saved_and_loaded(tmp_path):
+    options = {"num_side_layers": 0}
+    with pytest.raises(AdapterError, match=r"no side branch \(num_side_layers=0\), so nothing would train"):
+        add_adapter(make_base(**options))
+    model = add_adapter(make_base(**options), "fusion")
+    assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    expected = train(model, 1)
+    save_adapter(model, tmp_path / "adapter", BASE)
+    assert all("lora_" in key for key in stored(tmp_path / "adapter")[0])
+    torch.testing.assert_close(logits(load_adapter(make_base(**options), tmp_path / "adapter")), expected)
+    with pytest.raises(AdapterError, match="trained for num_side_layers=0, but the model has num_side_layers=1"):
+        load_adapter(make_base(), tmp_path / "adapter")
+
+
 def test_with_a_side_branch_adapter_the_graph_begins_at_the_side_branch():
     model = add_adapter(make_base()).train()
     states = []

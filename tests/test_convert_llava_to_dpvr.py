@@ -201,6 +201,23 @@ def test_identity_branch_adds_nothing(tmp_path, backbone):
             assert torch.equal(layer[part], torch.zeros_like(tensor) if part in zeroed else tensor), part
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_without_side_layers_there_is_no_branch_and_the_identitys_logits(tmp_path, source, link):
+    convert(source, tmp_path / "identity", saturation_layer=2)
+    summary = convert(source, tmp_path / "dpvr", saturation_layer=2, num_side_layers=0, link=link)
+    assert (summary.roles["side branch"], summary.num_trainable) == ("none", 0)
+    assert "side_branch" not in (tmp_path / "dpvr" / "model.safetensors.index.json").read_text()
+    assert "no side branch" in (tmp_path / "dpvr" / "README.md").read_text()
+    ids = torch.tensor([[1, 7, *[IMAGE] * 4, 9, 11, 30]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28)}
+    logits = []
+    for name in ("identity", "dpvr"):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+    assert torch.equal(*logits)
+
+
 def test_copied_branch_is_the_layers_from_saturation_on(tmp_path, source):
     convert(source, tmp_path / "dpvr", saturation_layer=3, num_side_layers=2, side_branch_init="copy")
     tensors = read_output(tmp_path / "dpvr")
@@ -459,7 +476,7 @@ def test_original_configs_that_are_refused(tmp_path, fields, message):
         ({"saturation_layer": 6}, "saturation_layer=6 must be between 1 and 5"),
         ({"saturation_layer": 0}, "saturation_layer=0"),
         ({"num_fusion_layers": 6}, "num_fusion_layers=6"),
-        ({"num_side_layers": 0}, "num_side_layers=0"),
+        ({"num_side_layers": -1}, "num_side_layers=-1"),
         ({"side_branch_init": "copy", "saturation_layer": 5, "num_side_layers": 2}, "copy of layer 6"),
         ({"vision_tower": "openai/clip"}, "original layout"),
     ],

@@ -53,7 +53,7 @@ rows_of_a_batch = st.lists(
 NUM_BATCHES = int(os.environ.get("DPVR_EXAMPLES", "300"))  # for each attention backend
 sides = st.sampled_from(["left", "right"])
 # Saturation layer, side layers, fusion layers of a decoder of 6 layers
-GEOMETRIES = [(1, 1, 1), (2, 1, 1), (3, 2, 2), (5, 1, 1), (1, 2, 5)]
+GEOMETRIES = [(1, 1, 1), (2, 1, 1), (3, 2, 2), (5, 1, 1), (1, 2, 5), (2, 0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -513,7 +513,7 @@ def test_a_prompt_longer_than_the_sliding_window_is_refused():
         ({"saturation_layer": 5, "num_fusion_layers": 2}, "saturation_layer=5 must be between 1 and 4"),
         ({"num_fusion_layers": 0}, "num_fusion_layers=0 must be between 1 and 5"),
         ({"num_fusion_layers": 6}, "num_fusion_layers=6 must be between 1 and 5"),
-        ({"num_side_layers": 0}, "num_side_layers=0 must be at least 1"),
+        ({"num_side_layers": -1}, "num_side_layers=-1 must be at least 0"),
         ({"saturation_layer": "2"}, "saturation_layer='2' must be an integer"),
     ],
 )

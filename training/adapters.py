@@ -102,12 +102,14 @@ def fusion_lora_config(config, r: int = 16, lora_alpha: int = 32, lora_dropout: 
     )
 
 
-def _with_side_branch(config: PeftConfig) -> PeftConfig:
-    """A copy of a user's config that trains the side branch whole and puts nothing else into it."""
+def _with_side_branch(config: PeftConfig, num_side_layers: int) -> PeftConfig:
+    """A copy of a user's config that trains the side branch, if there is one, whole and puts nothing else into it."""
     if not {"modules_to_save", "exclude_modules"} <= set(config.to_dict()):
         raise AdapterError(f"{type(config).__name__} cannot save the side branch: it takes no modules_to_save.")
     config = copy.deepcopy(config)
     config.inference_mode = False  # as one that was read from a folder says
+    if num_side_layers == 0:
+        return config
     config.modules_to_save = sorted({*(config.modules_to_save or []), "side_branch"})
     excluded = config.exclude_modules or []
     patterns = [excluded] if isinstance(excluded, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded)]
@@ -128,15 +130,21 @@ def add_adapter(
         name: of the adapter.
 
     Raises:
-        AdapterError: the model is no DPVR, the name is taken, or the config cannot hold a side branch.
+        AdapterError: the model is no DPVR, the name is taken, the config cannot hold a side branch, or there is
+            nothing to train.
     """
     config = _check_is_dpvr(model).config
+    if lora is None and config.num_side_layers == 0:
+        raise AdapterError(
+            "The model has no side branch (num_side_layers=0), so nothing would train. Give "
+            'lora="fusion" (--lora fusion) or a config of PEFT.'
+        )
     if lora is None:
         peft_config = LNTuningConfig(target_modules=BRANCH_LEAVES)
     elif lora == "fusion":
-        peft_config = _with_side_branch(fusion_lora_config(config))
+        peft_config = _with_side_branch(fusion_lora_config(config), config.num_side_layers)
     elif isinstance(lora, PeftConfig):
-        peft_config = _with_side_branch(lora)
+        peft_config = _with_side_branch(lora, config.num_side_layers)
     else:
         raise AdapterError(f'lora={lora!r} is neither None, "fusion" nor a config of PEFT.')
     _check_name_is_free(model, name)
