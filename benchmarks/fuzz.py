@@ -1,15 +1,19 @@
 #!/usr/bin/env python
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Feed the processor with random requests: each must be answered rightly or refused with a ValueError.
+"""Feed the processor with random requests, and the converter with damaged checkpoints.
 
-Requests are calls with prompts and images, and chats. Images are random bytes, valid PNG, JPEG, GIF, WebP, BMP and
-TIFF files with bytes changed, cut out or put in, arrays of random shapes and types, and things that are no image. They
-come as paths, base64, and pictures that Pillow has opened but not read, in lists nested at random. Prompts are Unicode
-with surrogates, special tokens and a random number of <image>, some longer than the context.
+Each request must be answered rightly or refused with a ValueError. They are calls with prompts and images, and chats.
+Images are random bytes, valid PNG, JPEG, GIF, WebP, BMP and TIFF files with bytes changed, cut out or put in, arrays
+of random shapes and types, and things that are no image. They come as paths, base64, and pictures that Pillow has
+opened but not read, in lists nested at random. Prompts are Unicode with surrogates, special tokens and a random number
+of <image>, some longer than the context.
 
 An answer is right if its rows are the tokens of the prompts, with as many image tokens as their images take, and its
 pixels are those of the original LLaVA's pipeline. After each refusal a good request must give what it gave before.
+
+Each checkpoint, damaged as `tests/damaged_sources.py` says, must be converted or refused with a sentence; nothing is
+left behind, and the source is as it was.
 """
 
 import argparse
@@ -36,6 +40,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from damaged_sources import DAMAGES, converted_or_refused, read_source
+from llava_checkpoints import make_llava, write_llava_hf
 from tiny_processor import IMAGE, SIZE, TOKENS, make_processor, noise, original_pixels
 
 CONTEXT = 600  # tokens
@@ -328,51 +334,77 @@ def fuzz_processor(num_inputs: int, seed: int = 0, progress: bool = False, shrin
         AssertionError: a request was neither answered rightly nor refused; with `shrink`, hypothesis' smallest.
     """
     transformers.logging.set_verbosity(logging.CRITICAL)
-    start = time.perf_counter()
     limit = Image.MAX_IMAGE_PIXELS
     with tempfile.TemporaryDirectory(prefix="dpvr-fuzz-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many
         fuzz = ProcessorFuzz(Path(folder))
-        bar = tqdm(total=num_inputs, desc="processor", mininterval=10, disable=not progress)
 
-        @hypothesis.seed(seed)
-        @hypothesis.settings(
-            max_examples=num_inputs,
-            database=None,
-            deadline=None,
-            derandomize=False,
-            report_multiple_bugs=False,
-            phases=[phase for phase in hypothesis.Phase if shrink or phase != hypothesis.Phase.shrink],
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        @hypothesis.given(requests)
-        def every_request_is_answered_or_refused(request):
+        def try_request(request: tuple) -> None:
             fuzz.try_request(request)
-            bar.update()
             for path in Path(folder).iterdir():
                 path.unlink()
 
         try:
-            every_request_is_answered_or_refused()
+            seconds = run(requests, try_request, num_inputs, seed, progress, shrink, "processor")
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-            bar.close()
-    return {
-        "inputs": fuzz.outcomes.total(),
-        "outcomes": dict(sorted(fuzz.outcomes.items())),
-        "seed": seed,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    return {"inputs": fuzz.outcomes.total(), "outcomes": dict(sorted(fuzz.outcomes.items())), **seconds}
 
 
-TARGETS = {"processor": fuzz_processor}
+def fuzz_converter(num_inputs: int, seed: int = 0, progress: bool = False, shrink: bool = True) -> dict:
+    """Tries `num_inputs` damaged checkpoints and returns how many ended how.
+
+    Raises:
+        AssertionError: one was neither converted nor refused, or something was left behind or changed.
+    """
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="dpvr-fuzz-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = write_llava_hf(Path(folder, "llava"), make_llava(), num_files=2)
+        originals = read_source(source)
+
+        def try_damage(data) -> None:
+            kind = data.draw(st.sampled_from(sorted(DAMAGES)))
+            outcomes[f"{kind}, {converted_or_refused(source, originals, DAMAGES[kind](data, originals))}"] += 1
+
+        seconds = run(st.data(), try_damage, num_inputs, seed, progress, shrink, "converter")
+    return {"inputs": outcomes.total(), "outcomes": dict(sorted(outcomes.items())), **seconds}
+
+
+def run(inputs, try_input, num_inputs: int, seed: int, progress: bool, shrink: bool, name: str) -> dict:
+    """Calls `try_input` with `num_inputs` of a strategy."""
+    start = time.perf_counter()
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=num_inputs,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        report_multiple_bugs=False,
+        phases=[phase for phase in hypothesis.Phase if shrink or phase != hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(inputs)
+    def every_input_is_taken_or_refused(each):
+        try_input(each)
+        bar.update()
+
+    with tqdm(total=num_inputs, desc=name, mininterval=10, disable=not progress) as bar:
+        every_input_is_taken_or_refused()
+    return {"seed": seed, "seconds": round(time.perf_counter() - start, 1)}
+
+
+TARGETS = {"processor": fuzz_processor, "converter": fuzz_converter}
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="examples:\n  python benchmarks/fuzz.py --inputs 20000\n"
+        "  python benchmarks/fuzz.py --target converter --inputs 5000\n"
         "  python benchmarks/fuzz.py --inputs 500 --seed 1 --output fuzz.json\n\n"
         "exit codes: 0 every input was answered or refused, 1 one was not (it is shown), 2 wrong arguments\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,9 +6,9 @@ Accuracy against cost: dense LLaVA, DPVR, FastV, VTW and PyramidDrop on the embe
 
 Every method answers the same held-out questions about digits that nothing was trained on. A seed decides the
 questions, and for a trained DPVR the order of its training conversations too. DPVR stands here untrained (the identity
-side branch that the converter writes) and trained (`training/staged.py`: distilled from the dense model, all else
-frozen; or the fusion layers with it), at every saturation layer; VTW at every layer; FastV and PyramidDrop over their
-ranges.
+side branch that the converter writes) and trained (`training/staged.py`, all else frozen; or the fusion layers with
+it, or these alone where there is no side branch), at every saturation layer; VTW at every layer; FastV and PyramidDrop
+over their ranges.
 
 An answer is right only as a whole. Greedy generation gives it where at each of its tokens, the end included, the most
 likely next token is the right one, so one teacher-forced pass tells; which vision tokens remain, the prompt's last
@@ -50,12 +50,12 @@ from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from convert_llava_to_dpvr import convert
 from training.adapters import add_adapter
-from training.staged import Features, StagedModel, predicts, split_rows
+from training.staged import LOSSES, Features, StagedModel, predicts, split_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 FIGURE = ROOT / "figures" / "quality.png"
 MODELS = ("tiny-llava", "tiny-llava-12")
-SETTINGS = ("questions", "steps", "batch_size", "learning_rate", "pool")
+SETTINGS = ("questions", "steps", "batch_size", "learning_rate", "pool", "loss")
 TRAININGS = ("untrained", "trained", "trained with fusion")
 LORA = "trained with LoRA"
 FASTV_RATIOS = (0.25, 0.5, 0.75, 0.9)
@@ -73,8 +73,8 @@ class Routing:
 
     Attributes:
         training: `"untrained"`, `"trained"` for the side branch alone, `"trained with fusion"` for the fusion layers
-            too, `"trained with LoRA"` for LoRA on these instead, which an adapter can hold, or `"fusion trained
-            alone"`, which tells what the side branch has to do with it.
+            too, or `"trained with LoRA"` for LoRA on these instead, which an adapter can hold.
+        num_side_layers: none tells what the side branch has to do with it.
     """
 
     saturation_layer: int
@@ -85,8 +85,8 @@ class Routing:
 
 def name_of(routing: Routing) -> str:
     name = f"dpvr/{routing.saturation_layer}/{routing.training}"
-    if routing.num_side_layers > 1:
-        name += f"/{routing.num_side_layers} side layers"
+    if routing.num_side_layers != 1:
+        name += f"/{routing.num_side_layers or 'no'} side layers"
     if routing.num_fusion_layers > 1:
         name += f"/{routing.num_fusion_layers} fusion layers"
     return name
@@ -111,9 +111,10 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
         for share in PYRAMID_SHARES:
             found[f"pyramid/{'-'.join(map(str, layers))}/{share}"] = pyramid_drop(layers, share)
     routings = [Routing(layer, training) for training in TRAININGS for layer in range(1, num_layers)]
+    routings += [Routing(layer, "trained with fusion", num_side_layers=0) for layer in range(1, num_layers)]
     for layer in fractions(num_layers, 1 / 8, 1 / 4):
         routings += [Routing(layer, training, num_fusion_layers=2) for training in TRAININGS[1:]]
-        routings += [Routing(layer, training) for training in ("fusion trained alone", LORA)]
+        routings.append(Routing(layer, LORA))
         routings.append(Routing(layer, "trained", num_side_layers=2))
     return found | {name_of(routing): routing for routing in routings}
 
@@ -298,7 +299,7 @@ def measure_baselines(llava_folder: Path, found: dict, held_out: list[list[Prepa
         save()
 
 
-def load_routed(llava_folder: Path, routing: Routing, folder: Path) -> StagedModel:
+def load_routed(llava_folder: Path, routing: Routing, folder: Path, loss: str = "answer") -> StagedModel:
     """The DPVR that the converter makes, of which the side branch trains, and LoRA where there is to be any."""
     path = folder / name_of(routing).replace("/", "-").replace(" ", "-")
     convert(
@@ -312,9 +313,9 @@ def load_routed(llava_folder: Path, routing: Routing, folder: Path) -> StagedMod
     model = AutoModel.from_pretrained(path, trust_remote_code=True).requires_grad_(False)
     shutil.rmtree(path)
     if routing.training == LORA:
-        return StagedModel(add_adapter(model, "fusion"))
+        return StagedModel(add_adapter(model, "fusion"), loss)
     model.model.side_branch.requires_grad_(True)
-    return StagedModel(model)
+    return StagedModel(model, loss)
 
 
 def measure_routings(
@@ -328,7 +329,7 @@ def measure_routings(
 ) -> None:
     """Cells of routings that differ at most in what is trained."""
     with tempfile.TemporaryDirectory(prefix="quality-") as folder:
-        staged = load_routed(llava_folder, routings[0], Path(folder))
+        staged = load_routed(llava_folder, routings[0], Path(folder), args.loss)
     late = torch.nn.ModuleDict(
         {"side branch": staged.core.side_branch, "fusion": torch.nn.ModuleList(staged.layers()[2])}
     )
@@ -342,7 +343,7 @@ def measure_routings(
                 continue
             late.load_state_dict(untrained)
             if routing.training != LORA:
-                late["side branch"].requires_grad_(routing.training != "fusion trained alone")
+                late["side branch"].requires_grad_(True)
                 late["fusion"].requires_grad_("fusion" in routing.training)
             if routing.training != "untrained":
                 rows = rows or [row for batch in pool for row in split_rows(routed_features(staged, batch))]
@@ -501,7 +502,7 @@ def variants(record: dict) -> str:
     rows = []
     for entry in summarize(record):
         layer = entry.name.split("/")[1] if entry.name.startswith("dpvr/") else ""
-        if f"dpvr/{layer}/fusion trained alone" not in record["models"][entry.model]["cells"]:
+        if f"dpvr/{layer}/{LORA}" not in record["models"][entry.model]["cells"]:
             continue
         costs = [f"{100 * cost:.0f}" for cost in (entry.flops, entry.kv_bytes)]
         what = entry.name.split("/", 2)[2].replace("/", ", ")
@@ -537,6 +538,12 @@ FAMILIES = {
     "dpvr trained": ("tab:blue", "o", "-", "DPVR, trained"),
     "dpvr untrained": ("tab:blue", "o", ":", "DPVR, untrained"),
     "dpvr trained with fusion": ("tab:purple", "P", "-", "DPVR, fusion layer trained too"),
+    "dpvr trained with fusion no side layers": (
+        "tab:pink",
+        "X",
+        "-",
+        "DPVR without side branch, fusion layer trained",
+    ),
     "dpvr trained with fusion 2 fusion layers": ("tab:cyan", "P", "none", "DPVR, 2 fusion layers, trained too"),
     "vtw": ("tab:red", "s", "-", "VTW"),
     "fastv": ("tab:orange", "^", "none", "FastV"),
@@ -612,6 +619,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of training a side branch (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="conversations (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
+    parser.add_argument("--loss", choices=LOSSES, default="answer", help="that trains (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=800, help="conversations to learn from (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")

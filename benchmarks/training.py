@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accounting import dense_config
+from benchmarks.tables import markdown
 from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
 from training.staged import IGNORED, StagedModel, collate_rows, split_rows
 
@@ -237,6 +238,19 @@ def summarize(runs: dict[str, list[dict]]) -> dict:
     return {"kinds": kinds, "ratios": ratios}
 
 
+def ratios(record: dict) -> str:
+    """What the kinds are to each other, as Markdown, beside what is aimed at."""
+    rows = [
+        [name, f"{value:.2f}", f"at {'least' if 'faster' in name else 'most'} {aim(name)}"]
+        for name, value in record["ratios"].items()
+    ]
+    return markdown(["", "measured", "aim"], rows)
+
+
+def aim(ratio: str) -> float:
+    return AIMS["cache" if "faster" in ratio else "time" if "time" in ratio else "memory"]
+
+
 def device_name(args) -> str:
     if args.device == "cuda":
         return torch.cuda.get_device_name()
@@ -318,9 +332,7 @@ def main() -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record, indent=2) + "\n")
-    for name, value in record["ratios"].items():
-        aim = AIMS["cache"] if "faster" in name else AIMS["time" if "time" in name else "memory"]
-        print(f"{name}: {value:.3f} (aim: {'at least' if 'faster' in name else 'at most'} {aim})")
+    print(ratios(record))
     print(args.output)
 
 
