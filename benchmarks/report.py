@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Fill the README's tables and figures from result files and draw its plots, so that no number is typed by hand.
+"""Fill tables and figures of README.md and docs/ from result files and draw the plots: no number is typed by hand.
 
 A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. NAME is one of `TABLES`, or of a benchmark:
 `speed` is `table(record)` of `benchmarks/speed.py`, `speed.decode` its `decode(record)`; both get what
@@ -12,7 +12,7 @@ A figure within a sentence stands between `<!-- value:PATH -->` and `<!-- /value
 `<!-- value:conversion.peak_gib|.2f -->1.31<!-- /value -->`. Not at the start of a line, where Markdown would take the
 whole line for HTML.
 
-Plots are drawn into `figures/`. `--check` changes nothing, and fails if the README is not what the result files say.
+Plots are drawn into `figures/`. `--check` changes nothing, and fails if a page is not what the result files say.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from benchmarks.accounting import cache_bytes, dense_config, prefill_flops
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "figures"
 JOINT, VISION, TEXT, INK = "#8e7cc3", "#e69138", "#3d85c6", "#222222"
@@ -47,12 +47,12 @@ MARKER = re.compile(r"<!-- (?:begin:|end:|value:|/value).*?-->")
 
 
 class ReportError(Exception):
-    """A marker of the README that cannot be filled; the message names it and says what is missing."""
+    """A marker that cannot be filled; the message names it and says what is missing."""
 
 
 def read(path: Path, wanted_by: str):
     if not path.is_file():
-        raise ReportError(f"README.md shows {wanted_by}, but there is no {path.relative_to(ROOT)}.")
+        raise ReportError(f"The page shows {wanted_by}, but there is no {path.relative_to(ROOT)}.")
     return json.loads(path.read_text())
 
 
@@ -190,7 +190,7 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
 
 
 def make_table(name: str) -> str:
-    """The Markdown of a table, by its name in the README."""
+    """The Markdown of a table, by its name in a page."""
     if name in TABLES:
         function, files = TABLES[name]
         return function(*(read(ROOT / file, f"table {name}") for file in files))
@@ -200,7 +200,7 @@ def make_table(name: str) -> str:
         function = getattr(importlib.import_module(f"benchmarks.{benchmark}"), function_name or "table")
     except (ModuleNotFoundError, AttributeError) as error:
         raise ReportError(
-            f"README.md shows table {name}, which is neither in TABLES nor a benchmark's: {error}."
+            f"The page shows table {name}, which is neither in TABLES nor a benchmark's: {error}."
         ) from error
     return function(record)
 
@@ -214,12 +214,10 @@ def find_value(path: str):
             value = value[int(key)] if isinstance(value, list) else value[key]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ReportError(
-                f"README.md shows value {path}, but benchmarks/results/{stem}.json has no {key}."
+                f"The page shows value {path}, but benchmarks/results/{stem}.json has no {key}."
             ) from error
     if isinstance(value, (dict, list)):
-        raise ReportError(
-            f"README.md shows value {path}, which is not one number or text: go on to {list(value)[:5]}."
-        )
+        raise ReportError(f"The page shows value {path}, which is not one number or text: go on to {list(value)[:5]}.")
     return value
 
 
@@ -241,7 +239,7 @@ def fill(text: str) -> str:
     """
     stray = MARKER.findall(VALUE.sub("", TABLE.sub("", text)))
     if stray:
-        raise ReportError(f"README.md has markers without their partners, or in no line of their own: {stray}.")
+        raise ReportError(f"The page has markers without their partners, or in no line of their own: {stray}.")
     return VALUE.sub(fill_value, TABLE.sub(fill_table, text))
 
 
@@ -306,22 +304,26 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="examples:\n  python benchmarks/report.py\n  python benchmarks/report.py --check\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="only compare the README with the result files")
+    parser.add_argument("--check", action="store_true", help="only compare the pages with the result files")
     args = parser.parse_args(arguments)
-    text = README.read_text()
-    try:
-        filled = fill(text)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    texts = {page: page.read_text() for page in PAGES}
+    filled = {}
+    for page, text in texts.items():
+        try:
+            filled[page] = fill(text)
+        except ReportError as error:
+            print(f"error: {page.name}: {error}", file=sys.stderr)
+            return 2
     if args.check:
-        if text == filled:
-            print("README.md is up to date")
-            return 0
-        print(f"README.md differs in {', '.join(stale(text, filled))}: run python benchmarks/report.py")
-        return 1
-    README.write_text(filled)
-    print(README, *draw(FIGURES), sep="\n")
+        differing = {page: stale(text, filled[page]) for page, text in texts.items() if text != filled[page]}
+        for page, names in differing.items():
+            print(f"{page.name} differs in {', '.join(names)}: run python benchmarks/report.py")
+        if not differing:
+            print(f"{', '.join(page.name for page in PAGES)}: up to date")
+        return int(bool(differing))
+    for page, text in filled.items():
+        page.write_text(text)
+    print(*PAGES, *draw(FIGURES), sep="\n")
     return 0
 
 

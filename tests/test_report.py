@@ -1,4 +1,4 @@
-"""The README says what the result files say, and benchmarks/report.py tells where it does not."""
+"""The pages say what the result files say, and benchmarks/report.py tells where they do not."""
 
 import json
 import sys
@@ -25,21 +25,23 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_tables_and_values_of_the_readme_are_those_of_the_result_files(capsys):
+def test_the_tables_and_values_of_all_pages_are_those_of_the_result_files(capsys):
     status = report.main(["--check"])
     said = capsys.readouterr()
     assert status == 0, said.out + said.err
 
 
-def test_a_stale_readme_fails_the_check_and_is_left_as_it_is(results, monkeypatch, capsys):
-    monkeypatch.setattr(report, "README", results / "README.md")
-    report.README.write_text(TABLE)
+def test_a_stale_page_fails_the_check_and_is_left_as_it_is(results, monkeypatch, capsys):
+    good, bad = results / "good.md", results / "bad.md"
+    monkeypatch.setattr(report, "PAGES", [good, bad])
+    good.write_text(report.fill(TABLE))
+    bad.write_text(TABLE)
     assert report.main(["--check"]) == 1
-    assert "differs in made" in capsys.readouterr().out
-    assert report.README.read_text() == TABLE
-    report.README.write_text(TABLE.replace("made", "absent"))
+    assert capsys.readouterr().out == "bad.md differs in made: run python benchmarks/report.py\n"
+    assert bad.read_text() == TABLE
+    bad.write_text(TABLE.replace("made", "absent"))
     assert report.main([]) == 2
-    assert "absent.json" in capsys.readouterr().err
+    assert "bad.md: The page shows table absent, but there is no absent.json" in capsys.readouterr().err
 
 
 def test_help_shows_examples(capsys):
