@@ -466,7 +466,7 @@ def convert(
         saturation_layer: S; default the adapter's, else the paper's proportion, `18 * num_hidden_layers // 32`.
             `"auto"` takes what `analysis` recommends.
         analysis: Folder of results of `scripts/analyze_saturation.py`, for `saturation_layer="auto"`.
-        num_side_layers: Decoder layers of the side branch.
+        num_side_layers: Decoder layers of the side branch; 0 for none.
         num_fusion_layers: Last decoder layers, which see both streams again.
         side_branch_init: `"identity"` (layer S with output projections of zero), `"copy"` (layers S, S + 1, ...) or
             `"random"` (as the backbone initialises a layer, from `seed`).
@@ -557,8 +557,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="a layer, or auto for that of --analysis (default: the paper's proportion, 18 of 32)",
     )
     parser.add_argument("--analysis", metavar="DIR", help="results of analyze_saturation.py, for auto")
-    parser.add_argument("--num-side-layers", type=int, default=1, metavar="N")
-    parser.add_argument("--num-fusion-layers", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--num-side-layers", type=int, default=1, metavar="N", help="of the side branch; 0 for none (default: 1)"
+    )
+    parser.add_argument(
+        "--num-fusion-layers", type=int, default=1, metavar="N", help="last layers, which see all tokens (default: 1)"
+    )
     parser.add_argument("--side-branch-init", choices=("identity", "copy", "random"), default="identity")
     parser.add_argument("--adapter", metavar="PATH", help="trained side branch: a .safetensors file or its folder")
     parser.add_argument("--vision-tower", metavar="NAME", help="CLIP tower of an original checkpoint, if not its own")

@@ -595,7 +595,9 @@ def plot(entries: list[Entry], path: Path) -> None:
             axis.set_xlabel(labels[cost], fontsize=8)
             axis.grid(alpha=0.3)
         row[0].set_ylabel("right answers, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=-(-len(FAMILIES) // 2))
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=-(-len(FAMILIES) // 2)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
