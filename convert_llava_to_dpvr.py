@@ -432,9 +432,9 @@ def choose_dtype(asked: str, checkpoint: Checkpoint) -> str:
         embeddings = checkpoint.tensors.get(EMBEDDINGS)
         stored = str(embeddings.dtype).removeprefix("torch.") if embeddings else None
         name = next((each for each in [*stated, stored] if each), None)
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConversionError(
-            f"dtype {name!r} of {checkpoint.name} is none of {', '.join(DTYPES)}; choose with --dtype."
+            f"dtype {name!r:.80} of {checkpoint.name} is none of {', '.join(DTYPES)}; choose with --dtype."
         )
     return name
 

@@ -445,6 +445,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         ({"text_config": {"model_type": "no-such-model"}}, "config.json is not a config"),
         ({"image_seq_length": "many"}, "config.json is not a config"),
         ({"image_token_index": 5}, "has <image> at 96, but .* has it at 5"),
+        ({"dtype": {"": None}}, r"dtype \{'': None\} of .* is none of bfloat16"),
     ],
 )
 def test_configs_that_are_refused(tmp_path, source, fields, message):
