@@ -144,6 +144,12 @@ def training_table(record: dict) -> str:
     return markdown(["what trains", "parameters", "a step, median (range)", "memory beyond the weights"], rows)
 
 
+def training_ratios(record: dict) -> str:
+    from benchmarks.training import ratios
+
+    return ratios(record)
+
+
 def soak_table(record: dict) -> str:
     """Memory and answers over thousands of calls."""
     held = [f"{record['held_bytes'][i] / 2**20:.1f}" for i in (0, len(record["held_bytes"]) // 2, -1)]
@@ -185,6 +191,8 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "side-branch-seeds": (side_branch_seeds_table, ["benchmarks/results/side_branch_seeds.json"]),
     "soak": (soak_table, ["benchmarks/results/soak.json"]),
     "training": (training_table, ["benchmarks/results/training.json"]),
+    "training-cache": (training_table, ["benchmarks/results/training_cache.json"]),
+    "training-cache.ratios": (training_ratios, ["benchmarks/results/training_cache.json"]),
     "transformers-tests": (run_transformers_tests.table, ["benchmarks/results/transformers_tests.json"]),
 }
 
