@@ -78,10 +78,10 @@ def adapter_weights(path: Path, untrained: list[Weight]) -> list[Weight]:
         match = re.search(r"(?:^|\.)side_branch\.layers\.\d+\..+$", key)
         # PEFT's LN tuning, which keeps a copy of each module, names its copies by the tuner
         name = "model." + match[0].lstrip(".").replace(".ln_tuning_layers.", ".") if match else key
-        if ".lora_" in key:
+        if ".lora_" in key or (not match and ".ln_tuning_layers." in key):
             raise ConversionError(
-                f"{key} in {path} is LoRA, beside a side branch. Merge it into a checkpoint instead: "
-                "python scripts/merge_adapter.py BASE ADAPTER OUTPUT"
+                f"{key} in {path} changes a layer of the base, beside a side branch. Merge it into a checkpoint "
+                "instead: python scripts/merge_adapter.py BASE ADAPTER OUTPUT"
             )
         if name not in expected:
             layers = len({weight.name.split(".")[3] for weight in untrained})

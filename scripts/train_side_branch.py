@@ -67,6 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--eval-rows", type=int, default=0, help="without --eval-data: hold back this many of DATA")
     parser.add_argument("--loss", choices=list(LOSSES), default="answer", help="default: %(default)s")
     what = parser.add_mutually_exclusive_group()
+    what.add_argument("--whole-fusion", action="store_true", help="train all of the fusion layers as well")
     what.add_argument("--lora", choices=["fusion"], help="train LoRA on the fusion layers as well")
     what.add_argument("--peft-config", type=Path, help="folder of an adapter_config.json to train as well")
     parser.add_argument("--saturation-layer", type=int, help="of a LLaVA that is no DPVR yet")
@@ -123,7 +124,7 @@ def wrap(model, options: argparse.Namespace) -> StagedModel:
 
         lora = PeftConfig.from_pretrained(str(options.peft_config))
         lora.inference_mode = False
-    model = add_adapter(model, lora)
+    model = add_adapter(model, lora, whole_fusion=options.whole_fusion)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -149,6 +150,15 @@ def make_datasets(options, processor, fresh: bool) -> tuple[Dataset, Dataset | N
     return train, train.hold_back(options.eval_rows)
 
 
+def trained_parts(options: argparse.Namespace, num_side_layers: int) -> str:
+    parts = ["side branch"] if num_side_layers else []
+    if options.whole_fusion:
+        parts.append("fusion layer")
+    elif options.lora or options.peft_config:
+        parts.append("LoRA")
+    return " and ".join(parts)
+
+
 def record_of(options, arguments: TrainingArguments, trainer, model, sizes: dict, seconds: float) -> dict:
     """What a model card and a reader need to know of the run. No path of this machine."""
     trained, total, _ = count_trainable(model)
@@ -159,7 +169,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, sizes: dict
         "data": options.data.name,
         **sizes,
         "loss": options.loss,
-        "trains": "side branch" + (" and LoRA" if options.lora or options.peft_config else ""),
+        "trains": trained_parts(options, model.config.num_side_layers),
         "saturation_layer": model.config.saturation_layer,
         "num_side_layers": model.config.num_side_layers,
         "num_fusion_layers": model.config.num_fusion_layers,

@@ -2,7 +2,7 @@
 # Copyright 2026 The DPVR-LF authors. Licensed under the Apache License, Version 2.0.
 """Train `examples/tiny-llava`: a small LLaVA that reads grids of handwritten digits (`examples/digits.py`).
 
-`--layers` and `--hidden-size` train a larger one, such as `examples/tiny-llava-12`.
+`--layers` and `--hidden-size` train a larger one, such as `examples/tiny-llava-12`; `--tower` spares it phase 1.
 
 Three phases, as for LLaVA itself. The vision tower learns alone which digit each patch belongs to and where the patch
 is. The decoder learns alone, from text, to count and compare the digits that an answer has named. Then the tower is
@@ -510,14 +510,32 @@ def evaluate(directory: Path, seed: int, n_per_kind: int) -> dict:
 # Command
 
 
+def take_tower(model: LlavaForConditionalGeneration, directory: Path) -> float:
+    """Give `model` the vision tower trained in `directory`, and return the digit accuracy recorded there.
+
+    Raises:
+        ValueError: the tower there has another size.
+    """
+    trained = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    theirs, ours = trained.config.vision_config.to_dict(), model.config.vision_config.to_dict()
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size"):
+        if theirs[field] != ours[field]:
+            raise ValueError(f"--tower {directory}: {field} is {theirs[field]} there and {ours[field]} here")
+    model.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
+    return json.loads((directory / "training.json").read_text())["tower_digit_accuracy_held_out"]
+
+
 def train(args, processor) -> tuple[LlavaForConditionalGeneration, dict]:
-    """The trained model and what the two phases report."""
+    """The trained model and what the phases report."""
     model = LlavaForConditionalGeneration(build_config(processor.tokenizer, args.layers, args.hidden_size))
     init_decoder(model)
     rng = np.random.default_rng(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     start = time.monotonic()
-    digit_accuracy = train_tower(model, processor, args, rng, generator)
+    if args.tower is None:
+        digit_accuracy = train_tower(model, processor, args, rng, generator)
+    else:
+        digit_accuracy = take_tower(model, args.tower)
     tower_end = time.monotonic()
     train_language(model, processor, args, rng)
     language_end = time.monotonic()
@@ -557,7 +575,8 @@ def parse_args() -> argparse.Namespace:
         epilog="examples:\n"
         "  python scripts/train_tiny_llava.py                    the weights of examples/tiny-llava\n"
         "  python scripts/train_tiny_llava.py --seed 1 --output /tmp/tiny-llava-1\n"
-        "  python scripts/train_tiny_llava.py --layers 12 --output examples/tiny-llava-12\n"
+        "  python scripts/train_tiny_llava.py --layers 12 --tower examples/tiny-llava \\\n"
+        "      --output examples/tiny-llava-12\n"
         "  python scripts/train_tiny_llava.py --tower-steps 5 --text-steps 5 --steps 5 --questions 4 \\\n"
         "      --output /tmp/tiny-llava-smoke\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -569,6 +588,9 @@ def parse_args() -> argparse.Namespace:
         "--hidden-size", type=int, default=128, help="of tower and decoder, a multiple of 8 (default: %(default)s)"
     )
     parser.add_argument("--tower-steps", type=int, default=500, help="phase 1 (default: %(default)s)")
+    parser.add_argument(
+        "--tower", type=Path, metavar="DIR", help="take the trained tower of this LLaVA instead of training one"
+    )
     parser.add_argument("--text-steps", type=int, default=300, help="phase 2 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="phase 3 (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=1000, help="evaluated, of each kind (default: %(default)s)")
@@ -579,6 +601,8 @@ def parse_args() -> argparse.Namespace:
     step = 2 * NUM_HEADS  # rotary embedding splits the size of a head in two
     if args.hidden_size < step or args.hidden_size % step:
         parser.error(f"--hidden-size must be a multiple of {step} ({NUM_HEADS} heads), got {args.hidden_size}")
+    if args.tower is not None and not (args.tower / "training.json").exists():
+        parser.error(f"--tower {args.tower} holds no training.json: not a directory of this script")
     # the directory is replaced as a whole: one that this script did not write must not be lost
     if args.output.exists() and not (args.output / "training.json").exists():
         parser.error(f"--output {args.output} exists and holds no training.json: not a directory of this script")
@@ -601,7 +625,7 @@ def main() -> None:
             "seed": args.seed,
             "layers": args.layers,
             "hidden_size": args.hidden_size,
-            "tower_steps": args.tower_steps,
+            "tower_steps": args.tower_steps if args.tower is None else 0,
             "text_steps": args.text_steps,
             "steps": args.steps,
             **facts,

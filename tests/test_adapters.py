@@ -28,15 +28,20 @@ from training.adapters import (
 BASE = "org/dpvr-tiny"
 BATCH = make_batch(["tIttt", "ttIt"])
 KINDS = {
-    "side branch": None,
-    "fusion": "fusion",
-    "user's": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], exclude_modules=r".*vision_tower.*"),
+    "side branch": {},
+    "whole fusion": {"whole_fusion": True},
+    "fusion": {"lora": "fusion"},
+    "user's": {"lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], exclude_modules=r".*vision_tower.*")},
 }
 
 
 def logits(model):
     with torch.no_grad():
         return model(**BATCH).logits
+
+
+def num_weights(module):
+    return sum(weight.numel() for weight in module.parameters())
 
 
 def train(model, seed):
@@ -58,7 +63,7 @@ def saved(request, tmp_path_factory):
     """Two adapters of one kind, saved: their folders and the logits that they gave."""
     folder, results = tmp_path_factory.mktemp("adapters"), []
     for seed in (1, 2):
-        model = add_adapter(make_base(), KINDS[request.param])
+        model = add_adapter(make_base(), **KINDS[request.param])
         expected = train(model, seed)
         save_adapter(model, folder / str(seed), BASE)
         results.append((folder / str(seed), expected))
@@ -75,13 +80,15 @@ def stored(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_adapter_changes_nothing_and_trains_the_side_branch_alone_or_with_lora(kind):
+def test_a_new_adapter_changes_nothing_and_trains_the_side_branch_alone_or_with_what_was_asked_for(kind):
     base = make_base()
-    expected, branch = logits(base), sum(weight.numel() for weight in base.model.side_branch.parameters())
-    model = add_adapter(base, KINDS[kind])
+    expected, whole = logits(base), num_weights(base.model.side_branch)
+    if kind == "whole fusion":
+        whole += num_weights(base.model.language_model.layers[-1])
+    model = add_adapter(base, **KINDS[kind])
     assert torch.equal(logits(model), expected)
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    assert sum(weight.numel() for name, weight in trainable.items() if "lora_" not in name) == branch
+    assert sum(weight.numel() for name, weight in trainable.items() if "lora_" not in name) == whole
     with_lora = {name for name in trainable if "lora_" in name}
     assert not any("side_branch" in name or "vision_tower" in name for name in with_lora)
     if kind == "fusion":
@@ -92,12 +99,14 @@ def test_a_new_adapter_changes_nothing_and_trains_the_side_branch_alone_or_with_
 @pytest.mark.parametrize("text", [MistralConfig, Qwen2Config])
 def test_every_weight_of_the_side_branch_is_trained_whatever_the_backbone(text):
     base = make_base(text=text_config(text), num_side_layers=2)
-    branch = sum(weight.numel() for weight in base.model.side_branch.parameters())
+    branch, fusion = num_weights(base.model.side_branch), num_weights(base.model.language_model.layers[-1])
     model = add_adapter(base)
     assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == branch
+    model = add_adapter(make_base(text=text_config(text), num_side_layers=2), whole_fusion=True)
+    assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == branch + fusion
 
 
-def test_without_a_side_branch_lora_alone_is_trained_saved_and_loaded(tmp_path):
+def test_without_a_side_branch_lora_or_the_fusion_layer_alone_is_trained_saved_and_loaded(tmp_path):
     options = {"num_side_layers": 0}
     with pytest.raises(AdapterError, match=r"no side branch \(num_side_layers=0\), so nothing would train"):
         add_adapter(make_base(**options))
@@ -109,6 +118,11 @@ def test_without_a_side_branch_lora_alone_is_trained_saved_and_loaded(tmp_path):
     torch.testing.assert_close(logits(load_adapter(make_base(**options), tmp_path / "adapter")), expected)
     with pytest.raises(AdapterError, match="trained for num_side_layers=0, but the model has num_side_layers=1"):
         load_adapter(make_base(), tmp_path / "adapter")
+    model = add_adapter(make_base(**options), whole_fusion=True)
+    expected = train(model, 1)
+    save_adapter(model, tmp_path / "whole", BASE)
+    assert all(f"language_model.layers.{NUM_LAYERS - 1}." in key for key in stored(tmp_path / "whole")[0])
+    torch.testing.assert_close(logits(load_adapter(make_base(**options), tmp_path / "whole")), expected)
 
 
 def test_with_a_side_branch_adapter_the_graph_begins_at_the_side_branch():
@@ -144,18 +158,23 @@ def test_what_cannot_hold_a_side_branch_is_refused():
         add_adapter(make_base(), "all")
     with pytest.raises(AdapterError, match="LlavaForConditionalGeneration .* is no DPVR"):
         add_adapter(make_llava())
+    with pytest.raises(AdapterError, match="lora and whole_fusion are both given"):
+        add_adapter(make_base(), "fusion", whole_fusion=True)
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-def test_the_file_holds_the_side_branch_and_lora_and_nothing_else(saved):
+def test_the_file_holds_what_was_trained_and_nothing_else(saved):
     (folder, _), _ = saved
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     weights, _ = stored(folder)
-    branch = [weight for key, weight in weights.items() if "lora_" not in key]
-    assert all("side_branch" in key for key in weights if "lora_" not in key)
-    assert sum(map(torch.numel, branch)) == sum(map(torch.numel, make_base().model.side_branch.parameters()))
+    rest = {key: weight for key, weight in weights.items() if "lora_" not in key}
+    fusion = {key: rest.pop(key) for key in list(rest) if f".language_model.layers.{NUM_LAYERS - 1}." in key}
+    assert all("side_branch" in key for key in rest)
+    base = make_base().model
+    assert sum(map(torch.numel, rest.values())) == num_weights(base.side_branch)
+    assert sum(map(torch.numel, fusion.values())) in (0, num_weights(base.language_model.layers[-1]))
 
 
 def test_a_gathered_state_dict_gives_the_same_file(tmp_path):
@@ -189,8 +208,9 @@ def test_a_local_base_is_named_without_its_path(tmp_path):
     assert stored(tmp_path / "adapter")[1]["base_model"] == "my-dpvr"
 
 
-def test_the_file_has_the_dtype_of_the_base_though_the_branch_was_trained_in_fp32(tmp_path):
-    model = add_adapter(make_base().to(torch.bfloat16))
+@pytest.mark.parametrize("whole_fusion", [False, True])
+def test_the_file_has_the_dtype_of_the_base_though_its_layers_were_trained_in_fp32(whole_fusion, tmp_path):
+    model = add_adapter(make_base().to(torch.bfloat16), whole_fusion=whole_fusion)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -317,7 +337,7 @@ def load_with_a_layer_on_disk(folder):
 
 @pytest.mark.parametrize("kind", ["side branch", "fusion"])
 def test_adapters_load_on_a_base_that_is_partly_offloaded(kind, tmp_path):
-    model = add_adapter(make_base(), KINDS[kind])
+    model = add_adapter(make_base(), **KINDS[kind])
     expected = train(model, 1)
     save_adapter(model, tmp_path / "adapter", BASE)
     model = load_adapter(load_with_a_layer_on_disk(tmp_path), tmp_path / "adapter")
@@ -325,7 +345,7 @@ def test_adapters_load_on_a_base_that_is_partly_offloaded(kind, tmp_path):
 
 
 def test_lora_on_an_offloaded_layer_is_refused_and_the_base_is_as_before(tmp_path):
-    save_adapter(add_adapter(make_base(), KINDS["user's"]), tmp_path / "adapter", BASE)
+    save_adapter(add_adapter(make_base(), **KINDS["user's"]), tmp_path / "adapter", BASE)
     base = load_with_a_layer_on_disk(tmp_path)
     before = logits(base)
     with pytest.raises(AdapterError, match=r"layers.3.* belongs to a layer that is offloaded"):
@@ -481,7 +501,7 @@ def test_the_converter_takes_an_adapter(llava, tmp_path):
 
 def test_the_converter_refuses_lora_and_says_what_merges_it(tmp_path):
     save_adapter(add_adapter(make_base(), "fusion"), tmp_path, BASE)
-    with pytest.raises(ConversionError, match=r"lora_A.* is LoRA.*scripts/merge_adapter.py"):
+    with pytest.raises(ConversionError, match=r"lora_A.* changes a layer of the base.*scripts/merge_adapter.py"):
         adapter_weights(adapter_file(str(tmp_path)), [])
 
 
@@ -491,12 +511,12 @@ def test_base_state_names_weights_as_a_checkpoint_does():
     assert set(base_state(add_adapter(make_base(), "fusion"))) == names
 
 
-@pytest.mark.parametrize("kind", ["side branch", "fusion"])
+@pytest.mark.parametrize("kind", ["side branch", "whole fusion", "fusion"])
 def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(kind, tmp_path, capsys):
     from scripts.merge_adapter import main
 
     tiny = ROOT / "examples" / "tiny-llava"
-    model = add_adapter(from_llava(tiny, saturation_layer=4), KINDS[kind])
+    model = add_adapter(from_llava(tiny, saturation_layer=4), **KINDS[kind])
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data.normal_(0, 0.1)

@@ -92,19 +92,24 @@ def test_nothing_before_the_side_branch_has_a_graph():
     assert saved
 
 
-def test_lora_on_the_fusion_layer_trains_and_the_teacher_stays_llava():
-    model = staged(lora="fusion")
+@pytest.mark.parametrize(
+    ("options", "tuned"), [({"lora": "fusion"}, "lora_"), ({"whole_fusion": True}, "language_model.layers.5.")]
+)
+def test_a_fusion_layer_that_trains_gets_gradients_and_the_teacher_stays_llava(options, tuned):
+    model = staged(**options)
     for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight)
+        if "lora_B" in name or ("ln_tuning_layers" in name and "language_model" in name):
+            torch.nn.init.normal_(weight, std=0.1)
     batch = training_batch()
     assert model.features_frozen
     assert not model.teacher_frozen
+    # so each may read features that the other has kept
+    assert feature_cache.weights_digest(model) == feature_cache.weights_digest(staged())
     plain = staged().compute_features(**batch)
     features = model.compute_features(**batch)
     torch.testing.assert_close(features.teacher_states, plain.teacher_states)
     _, grads = gradients(model, batch)
-    assert any("lora" in name for name in grads)
+    assert any(tuned in name for name in grads)
     assert all(grad.abs().max() > 0 for grad in grads.values())
 
 
@@ -529,12 +534,19 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_was_not(embedded, pict
     assert losses(uncached) == pytest.approx(losses(whole), abs=1e-4)
 
 
-def test_accumulated_bf16_steps_with_lora_and_checkpointing_run(embedded, pictures, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "trains", "peft_type"),
+    [
+        (("--lora", "fusion"), "side branch and LoRA", "LORA"),
+        (("--whole-fusion",), "side branch and fusion layer", "LN_TUNING"),
+    ],
+)
+def test_accumulated_bf16_steps_of_more_than_the_branch_run(option, trains, peft_type, embedded, pictures, tmp_path):
     options = ("--max_steps", 2, "--gradient_accumulation_steps", 2, "--bf16", "--gradient_checkpointing")
     output = tmp_path / "adapter"
-    assert train_side_branch.main(train(embedded, pictures, output, *options, "--lora", "fusion")) == 0
-    assert json.loads((output / "training.json").read_text())["trains"] == "side branch and LoRA"
-    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert train_side_branch.main(train(embedded, pictures, output, *options, *option)) == 0
+    assert json.loads((output / "training.json").read_text())["trains"] == trains
+    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == peft_type
 
 
 def test_a_llava_as_it_is_and_any_peft_config_train(pictures, tmp_path):

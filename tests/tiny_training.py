@@ -23,12 +23,12 @@ def training_batch(rows=ROWS, seed=0):
     return {name: value for name, value in batch.items() if value is not None}
 
 
-def staged(loss="distill", lora=None, seed=0, **options):
+def staged(loss="distill", lora=None, seed=0, whole_fusion=False, **options):
     model = make_dpvr(seed, **options).requires_grad_(False)
-    if lora:
+    if lora or whole_fusion:
         from training.adapters import add_adapter  # not in the processes that start many at once
 
-        model = add_adapter(model, lora)
+        model = add_adapter(model, lora, whole_fusion=whole_fusion)
     else:
         model.model.side_branch.requires_grad_(True)
     return StagedModel(model, loss).train()

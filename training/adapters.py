@@ -2,13 +2,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """
 Adapters of DPVR: standard PEFT files, `adapter_config.json` and `adapter_model.safetensors`, that hold the side
-branch, LoRA weights if the adapter has any, and nothing else.
+branch, the fusion layers or LoRA weights where these were trained too, and nothing else.
 
 PEFT has no method that is called "train these modules whole". Its LN tuning is one by another name: the tuner keeps a
 trainable copy of every module that it targets, whatever its kind. Aimed at the leaves of the side branch (projections
-and norms) it does all that an adapter must: `PeftModel.from_pretrained` and transformers' `model.load_adapter` take
-the file, several are switched, disabled, merged and unmerged, no weight is cast. The alternatives fail (PEFT 0.21,
-transformers 5.23):
+and norms), and at those of the fusion layers where they are trained whole, it does all that an adapter must:
+`PeftModel.from_pretrained` and transformers' `model.load_adapter` take the file, several are switched, disabled,
+merged and unmerged, no weight is cast. The alternatives fail (PEFT 0.21, transformers 5.23):
 
 - LN tuning of `side_branch` as one module saves the adapter's name into its keys, so that it loads under no other
   name, without a word, and cannot be merged and unloaded.
@@ -63,6 +63,7 @@ CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = "adapter_config.json", "adapter_model.sa
 # Regular expressions, because names that are listed match by their end and would hit the decoder's layers too
 BRANCH_LEAVES = r"(.*\.)?side_branch\.layers\.\d+\.(.+\.)?\w*(proj|norm)"
 FUSION_PROJECTIONS = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w+_proj"
+FUSION_LEAVES = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w*(proj|norm)"
 BRANCH = r"(.*\.)?side_branch(\..*)?"
 ROUTING = ("saturation_layer", "num_side_layers", "num_fusion_layers")
 SHAPE = (
@@ -93,13 +94,25 @@ class AdapterError(ValueError):
 
 def fusion_lora_config(config, r: int = 16, lora_alpha: int = 32, lora_dropout: float = 0.0) -> LoraConfig:
     """LoRA on every projection of the fusion layers of a DPVR of this config."""
-    layers = range(config.first_fusion_layer, config.text_config.num_hidden_layers)
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=FUSION_PROJECTIONS.format(layers="|".join(map(str, layers))),
+        target_modules=FUSION_PROJECTIONS.format(layers=_fusion_layers(config)),
     )
+
+
+def _fusion_layers(config) -> str:
+    """Their numbers, as a regular expression."""
+    return "|".join(map(str, range(config.first_fusion_layer, config.text_config.num_hidden_layers)))
+
+
+def _whole_layers_config(config, whole_fusion: bool) -> LNTuningConfig:
+    """Full copies of the side branch and, if wanted, of the fusion layers."""
+    leaves = [BRANCH_LEAVES] if config.num_side_layers else []
+    if whole_fusion:
+        leaves.append(FUSION_LEAVES.format(layers=_fusion_layers(config)))
+    return LNTuningConfig(target_modules="|".join(leaves))
 
 
 def _with_side_branch(config: PeftConfig, num_side_layers: int) -> PeftConfig:
@@ -118,7 +131,11 @@ def _with_side_branch(config: PeftConfig, num_side_layers: int) -> PeftConfig:
 
 
 def add_adapter(
-    model: PreTrainedModel | PeftModel, lora: str | PeftConfig | None = None, name: str = "default"
+    model: PreTrainedModel | PeftModel,
+    lora: str | PeftConfig | None = None,
+    name: str = "default",
+    *,
+    whole_fusion: bool = False,
 ) -> PeftModel:
     """Makes the side branch of a DPVR trainable as a new adapter, which is active, and freezes all else.
 
@@ -128,19 +145,22 @@ def add_adapter(
         lora: None for the side branch alone, `"fusion"` for LoRA of rank 16 on the fusion layers as well, or any
             config of PEFT that takes `modules_to_save`; the side branch is added to it.
         name: of the adapter.
+        whole_fusion: train every weight of the fusion layers as well, instead of `lora`.
 
     Raises:
-        AdapterError: the model is no DPVR, the name is taken, the config cannot hold a side branch, or there is
-            nothing to train.
+        AdapterError: the model is no DPVR, the name is taken, the config cannot hold a side branch, `lora` and
+            `whole_fusion` are both given, or there is nothing to train.
     """
     config = _check_is_dpvr(model).config
-    if lora is None and config.num_side_layers == 0:
+    if lora is not None and whole_fusion:
+        raise AdapterError("lora and whole_fusion are both given: an adapter trains either.")
+    if lora is None and not whole_fusion and config.num_side_layers == 0:
         raise AdapterError(
             "The model has no side branch (num_side_layers=0), so nothing would train. Give "
-            'lora="fusion" (--lora fusion) or a config of PEFT.'
+            'whole_fusion=True (--whole-fusion), lora="fusion" (--lora fusion) or a config of PEFT.'
         )
     if lora is None:
-        peft_config = LNTuningConfig(target_modules=BRANCH_LEAVES)
+        peft_config = _whole_layers_config(config, whole_fusion)
     elif lora == "fusion":
         peft_config = _with_side_branch(fusion_lora_config(config), config.num_side_layers)
     elif isinstance(lora, PeftConfig):
@@ -293,7 +313,7 @@ def save_adapter(
         base: Hub id of the base model, a DPVR or the LLaVA that `from_llava` takes; of a local folder its last name is
             kept, not its path.
         name: of the adapter in `model`. It is not saved.
-        dtype: of the side branch in the file; by default that of the frozen model around it.
+        dtype: of the layers that the file holds whole; by default that of the frozen model around it.
         state_dict: of `model`.
         revision: commit of `base`.
     """
@@ -303,7 +323,7 @@ def save_adapter(
     dtype = dtype or _backbone_dtype(model)
     weights = get_peft_model_state_dict(model, state_dict, adapter_name=name, save_embedding_layers=False)
     weights = {
-        key: (weight.to(dtype) if branch_name(key) else weight)
+        key: (weight.to(dtype) if branch_name(key) or ".ln_tuning_layers." in key else weight)
         .detach()
         .cpu()
         .clone(memory_format=torch.contiguous_format)
@@ -435,7 +455,11 @@ def merge_adapter(model: PeftModel, name: str | None = None) -> PreTrainedModel:
     if name is not None:
         model.set_adapter(name, inference_mode=True)
     merged = model.merge_and_unload()
-    merged.model.side_branch.to(dtype)
+    decoder = merged.model.language_model
+    for layer in (merged.model.side_branch, *decoder.layers[merged.config.first_fusion_layer :]):
+        for weight in layer.parameters():
+            if weight.dtype == torch.float32:  # in which an adapter is trained; quantized weights stay as they are
+                weight.data = weight.data.to(dtype)
     return merged
 
 

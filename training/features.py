@@ -54,7 +54,7 @@ def weights_digest(model: StagedModel) -> str:
     """Of name, shape and evenly spaced values of every weight of the model that is frozen."""
     parts = []
     for name, weight in sorted(model.base.named_parameters()):
-        if any(part in name for part in ("side_branch", "lora_", "modules_to_save")):
+        if any(part in name for part in ("side_branch", "lora_", "modules_to_save", "ln_tuning_layers")):
             continue
         values = weight.detach().flatten()
         chosen = torch.linspace(0, len(values) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
