@@ -368,6 +368,24 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def parts(record: dict) -> str:
+    """DPVR's prefill beside its parts, each measured alone in the same run, as markdown: medians."""
+    names = list(record["runs"][0]["parts_seconds"])
+    lines = [
+        f"| prompt | {', s | '.join(names)}, s | prefill, s | to the sum of its parts | routing to prefill |",
+        "| --- | " + "--- | " * (len(names) + 3),
+    ]
+    for run in record["runs"]:
+        alone = [f"{run['parts_seconds'][name]['median']:.3g}" for name in names]
+        own = next(result for name, result in run["methods"].items() if name.startswith("DPVR"))
+        lines.append(
+            f"| {run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']} | {' | '.join(alone)} "
+            f"| {own['prefill_seconds']['median']:.3g} | {run['prefill_over_parts']['median']:.3f} "
+            f"| {run['routing_share']['median']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
 def parse_prompt(text: str) -> tuple[int, int]:
     vision, text_tokens = text.split("+")
     return int(vision), int(text_tokens)
