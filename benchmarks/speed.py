@@ -373,7 +373,7 @@ def parts(record: dict) -> str:
     names = list(record["runs"][0]["parts_seconds"])
     lines = [
         f"| prompt | {', s | '.join(names)}, s | prefill, s | to the sum of its parts | routing to prefill |",
-        "| --- | " + "--- | " * (len(names) + 3),
+        f"| {' | '.join(['---'] * (len(names) + 4))} |",
     ]
     for run in record["runs"]:
         alone = [f"{run['parts_seconds'][name]['median']:.3g}" for name in names]
