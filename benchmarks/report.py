@@ -182,11 +182,6 @@ def fuzz_table(record: dict) -> str:
     return markdown(["given to", "inputs", "outcomes"], rows)
 
 
-def more_speed_table(*records: dict) -> str:
-    """Further runs of `benchmarks/speed.py` in one table."""
-    return speed.table({"runs": [run for record in records for run in record["runs"]]})
-
-
 TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "accuracy": (accuracy_table, ["examples/dpvr-tiny-adapter/training.json"]),
     "cost": (cost_table, []),
@@ -196,7 +191,8 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "saturation": (saturation_report.table, ["figures/saturation.json", "figures/saturation-dpvr.json"]),
     "side-branch-seeds": (side_branch_seeds_table, ["benchmarks/results/side_branch_seeds.json"]),
     "soak": (soak_table, ["benchmarks/results/soak.json"]),
-    "speed-more": (more_speed_table, [f"benchmarks/results/speed_{name}.json" for name in ("batch", "2880")]),
+    "speed-2880": (speed.table, ["benchmarks/results/speed_2880.json"]),
+    "speed-2880.parts": (speed.parts, ["benchmarks/results/speed_2880.json"]),
     "training": (training_table, ["benchmarks/results/training.json"]),
     "training-cache": (training_table, ["benchmarks/results/training_cache.json"]),
     "training-cache.ratios": (training_ratios, ["benchmarks/results/training_cache.json"]),
