@@ -355,7 +355,7 @@ def measure_routings(
 def measure(name: str, args, record: dict) -> None:
     """All cells of one LLaVA that are not there yet."""
     folder = ROOT / "examples" / name
-    result = record["models"].setdefault(name, {"prompt_lengths": {}, "cells": {}})
+    result = record["models"].setdefault(name, {"versions": versions(), "prompt_lengths": {}, "cells": {}})
     cells, seeds = result["cells"], range(args.seeds)
     processor = AutoProcessor.from_pretrained(folder)
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
