@@ -46,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import accounting, baselines
 from benchmarks.make_random_llava import make_config
+from benchmarks.tables import markdown
 
 CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
 ROUTING = sys.modules[CODE.__module__]
@@ -371,19 +372,20 @@ def table(record: dict) -> str:
 def parts(record: dict) -> str:
     """DPVR's prefill beside its parts, each measured alone in the same run, as markdown: medians."""
     names = list(record["runs"][0]["parts_seconds"])
-    lines = [
-        f"| prompt | {', s | '.join(names)}, s | prefill, s | to the sum of its parts | routing to prefill |",
-        f"| {' | '.join(['---'] * (len(names) + 4))} |",
-    ]
+    rows = []
     for run in record["runs"]:
-        alone = [f"{run['parts_seconds'][name]['median']:.3g}" for name in names]
         own = next(result for name, result in run["methods"].items() if name.startswith("DPVR"))
-        lines.append(
-            f"| {run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']} | {' | '.join(alone)} "
-            f"| {own['prefill_seconds']['median']:.3g} | {run['prefill_over_parts']['median']:.3f} "
-            f"| {run['routing_share']['median']:.2%} |"
+        rows.append(
+            [
+                f"{run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']}",
+                *(f"{run['parts_seconds'][name]['median']:.3g}" for name in names),
+                f"{own['prefill_seconds']['median']:.3g}",
+                f"{run['prefill_over_parts']['median']:.3f}",
+                f"{run['routing_share']['median']:.2%}",
+            ]
         )
-    return "\n".join(lines)
+    seconds = [f"{name}, s" for name in (*names, "prefill")]
+    return markdown(["prompt", *seconds, "to the sum of its parts", "routing to prefill"], rows)
 
 
 def parse_prompt(text: str) -> tuple[int, int]:
