@@ -455,8 +455,8 @@ def merge_adapter(model: PeftModel, name: str | None = None) -> PreTrainedModel:
     if name is not None:
         model.set_adapter(name, inference_mode=True)
     merged = model.merge_and_unload()
-    decoder = merged.model.language_model
-    for layer in (merged.model.side_branch, *decoder.layers[merged.config.first_fusion_layer :]):
+    merged.model.side_branch.to(dtype)
+    for layer in merged.model.language_model.layers[merged.config.first_fusion_layer :]:
         for weight in layer.parameters():
             if weight.dtype == torch.float32:  # in which an adapter is trained; quantized weights stay as they are
                 weight.data = weight.data.to(dtype)
