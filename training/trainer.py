@@ -27,10 +27,13 @@ def count_trainable(model: nn.Module) -> tuple[int, int, str]:
     """Weights that train, weights in all, and a line that says so. Full copies that an adapter keeps of modules count
     once, where they train."""
     trained = sum(weight.numel() for weight in trainable(model).values())
+    copied = {
+        name.split(".ln_tuning_layers.")[0] for name, _ in model.named_parameters() if ".ln_tuning_layers." in name
+    }
     frozen = sum(
         weight.numel()
         for name, weight in model.named_parameters()
-        if not (weight.requires_grad or ("side_branch" in name and ("base_layer" in name or "original_mod" in name)))
+        if not (weight.requires_grad or ".original_module." in name or name.split(".base_layer.")[0] in copied)
     )
     total = trained + frozen
     return trained, total, f"{trained:,} of {total:,} parameters train ({trained / total:.2%})"
