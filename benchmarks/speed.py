@@ -9,10 +9,12 @@ Runs are interleaved: every repetition measures each method once, after one roun
 
     prefill    the decoder on embeddings of the prompt with the image features in place, logits of the last token
     tower      vision tower and projector, the same for all; time to the first token is tower + prefill
-    parts      DPVR's layers alone, on inputs made beforehand: joint, text-only, side branch, last
+    parts      DPVR's layers alone, on inputs made beforehand and with a KV cache to fill: joint, text-only, side
+               branch, last
     routing    what DPVR does beside its layers: plans, packing, masks
     decode     one token after the other, from the cache that prefill left
     memory     on a GPU: most memory during prefill beyond what was held before it
+    profile    one more prefill of LLaVA and of DPVR under torch's profiler: where the time goes
 
 Times are medians with the 10th and 90th percentile, and ratios are medians of ratios within a repetition. Beside them
 stands the ratio of decoder FLOPs (`accounting.py`, `baselines.py`), which a machine bound by arithmetic would show.
@@ -52,6 +54,11 @@ CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration
 ROUTING = sys.modules[CODE.__module__]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OPERATORS = {  # of a profile, by how their names begin
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    "indexing": ("aten::gather", "aten::scatter", "aten::masked_scatter", "aten::index", "aten::sort"),
+}
 
 
 @dataclass
@@ -203,14 +210,22 @@ def stored_bytes(cache, num_layers: int) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
+def make_cache(model) -> DynamicCache:
+    cache = DynamicCache(config=model.config.text_config)
+    cache.expects_images = False
+    return cache
+
+
 def prefill(method: Method, prompt: dict, features) -> object:
     """The prompt in one call, as `generate` makes it."""
     if method.stages:
         method.model.stages = method.stages
-    cache = DynamicCache(config=method.model.config.text_config)
-    cache.expects_images = False
     return method.model(
-        **prompt, **{ROUTING.CACHE: cache}, mm_encoder_outputs={"image": features}, logits_to_keep=1, use_cache=True
+        **prompt,
+        **{ROUTING.CACHE: make_cache(method.model)},
+        mm_encoder_outputs={"image": features},
+        logits_to_keep=1,
+        use_cache=True,
     )
 
 
@@ -227,8 +242,23 @@ def decode(method: Method, prompt: dict, outputs, num_tokens: int, meter: Meter)
     return seconds
 
 
+def profile(method: Method, prompt: dict, features, meter: Meter) -> dict[str, float]:
+    """Seconds of one prefill by kind of operator."""
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * meter.is_cuda]
+    with torch.profiler.profile(activities=activities) as profiler:
+        prefill(method, prompt, features)
+    seconds = dict.fromkeys([*OPERATORS, "other"], 0.0)
+    for event in profiler.key_averages():
+        if not event.key.startswith("aten::"):  # kernels, whose time is that of the operator too
+            continue
+        kind = next((kind for kind, names in OPERATORS.items() if event.key.startswith(names)), "other")
+        # own time, without that of the operators it calls
+        seconds[kind] += (event.self_device_time_total if meter.is_cuda else event.self_cpu_time_total) / 1e6
+    return seconds
+
+
 class Parts:
-    """DPVR's parts on inputs made beforehand, each to be timed alone."""
+    """DPVR's parts on inputs made beforehand, each to be timed alone. As in a prefill, layers write to a KV cache."""
 
     def __init__(self, model, prompt: dict, features):
         self.model, base = model, model.model
@@ -239,42 +269,37 @@ class Parts:
         self.states = ROUTING.insert_image_features(embeds, self.is_vision, flat)
         self.mask = prompt["attention_mask"]
         self.joint, self.text_only, self.fusion = ROUTING.split_layers(self.decoder, config)
-        self.call, self.text, self.vision, self.joint_mask = self.plan()
-        self.text_states = self.text.stream.take(self.states)
-        self.vision_states = self.vision.stream.take(self.states)
+        _, text, vision, _ = self.plan()
+        self.text_states, self.vision_states = text.stream.take(self.states), vision.stream.take(self.states)
 
     def plan(self):
-        return self.model.model.plan_call(self.states, self.is_vision, self.mask, None)
+        """The plans of a prefill into an empty cache."""
+        cache = make_cache(self.model)
+        self.model.model.add_stream_layers(cache)
+        return self.model.model.plan_call(self.states, self.is_vision, self.mask, None, cache)
+
+    def prepare(self) -> dict[str, Callable]:
+        """The parts as calls, each good for one time: the next would find its keys and values in the cache."""
+        plans = [self.plan() for _ in range(4)]
+        joint, text, vision, last = (plan[i] for plan, i in zip(plans, (0, 1, 2, 0), strict=True))
+        joint_arguments = ROUTING.joint_arguments(joint, plans[0][3])
+        return {
+            "joint": lambda: ROUTING.run_layers(self.joint, self.states, joint_arguments),
+            "text-only": lambda: ROUTING.run_layers(self.text_only, self.text_states, ROUTING.stream_arguments(text)),
+            "side branch": lambda: self.model.model.side_branch(self.vision_states, vision),
+            "last layer and head": lambda: self.read_last(last),
+            "routing": self.routing,
+        }
+
+    def read_last(self, call):
+        states = ROUTING.read_last(self.decoder, self.fusion[-1], self.states, call, 1)
+        return self.model.lm_head(self.decoder.norm(states))
 
     def routing(self):
         """Plans, masks and the way of the states into the streams and back."""
         _, text, vision, _ = self.plan()
         for plan in (text, vision):
             plan.stream.put(self.states, plan.stream.take(self.states))
-
-    def run_joint(self):
-        arguments = ROUTING.joint_arguments(self.call, self.joint_mask)
-        return ROUTING.run_layers(self.joint, self.states, arguments)
-
-    def run_text_only(self):
-        return ROUTING.run_layers(self.text_only, self.text_states, ROUTING.stream_arguments(self.text))
-
-    def run_side_branch(self):
-        return self.model.model.side_branch(self.vision_states, self.vision)
-
-    def run_last(self):
-        states = ROUTING.read_last(self.decoder, self.fusion[-1], self.states, self.call, 1)
-        return self.model.lm_head(self.decoder.norm(states))
-
-    @property
-    def functions(self) -> dict[str, Callable]:
-        return {
-            "joint": self.run_joint,
-            "text-only": self.run_text_only,
-            "side branch": self.run_side_branch,
-            "last layer and head": self.run_last,
-            "routing": self.routing,
-        }
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -299,7 +324,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
     parts = Parts(routed, prompt, features)
     seconds = {method.name: [] for method in methods}
     steps = {method.name: [] for method in methods}
-    memory, stored, alone, tower = {}, {}, {name: [] for name in parts.functions}, []
+    memory, stored, alone, tower = {}, {}, {name: [] for name in parts.prepare()}, []
     title = f"{num_vision} + {num_text}, batch {batch}"
     for repetition in tqdm(range(args.repeats + 1), desc=title, disable=None):
         is_counted = repetition > 0
@@ -313,8 +338,9 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
             seconds[method.name].append(taken)
             if repetition == 1 or meter.is_cuda:
                 steps[method.name] += decode(method, prompt, outputs, args.decode_tokens, meter)
-        for name, function in parts.functions.items():
-            taken, _ = meter.time(function)
+        calls = parts.prepare()
+        for name in alone:
+            taken, _ = meter.time(calls.pop(name))
             alone[name] += [taken] * is_counted
         tower += [meter.time(encode)[0]] * is_counted
     results = {}
@@ -346,6 +372,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
         "parts_seconds": {name: summary(values) for name, values in alone.items()},
         "prefill_over_parts": summary([a / b for a, b in zip(own, sums, strict=True)]),
         "routing_share": summary([a / b for a, b in zip(alone["routing"], own, strict=True)]),
+        "profile": {method.name: profile(method, prompt, features, meter) for method in methods[:2]},
     }
 
 
@@ -386,6 +413,18 @@ def parts(record: dict) -> str:
         )
     seconds = [f"{name}, s" for name in (*names, "prefill")]
     return markdown(["prompt", *seconds, "to the sum of its parts", "routing to prefill"], rows)
+
+
+def profiles(record: dict) -> str:
+    """Where the time of a prefill goes, as markdown: shares of LLaVA's time in torch's operators."""
+    rows = []
+    for run in record["runs"]:
+        prompt, total = f"{run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']}", None
+        for name, seconds in run["profile"].items():
+            total = total or sum(seconds.values())  # LLaVA's, which comes first
+            shares = [f"{own / total:.2%}" for own in (*seconds.values(), sum(seconds.values()))]
+            rows.append([prompt, name, *shares])
+    return markdown(["prompt", "model", *OPERATORS, "other", "all"], rows)
 
 
 def parse_prompt(text: str) -> tuple[int, int]:
