@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Train `examples/dpvr-tiny-adapter`: the side branch of a DPVR made from `examples/tiny-llava`, all else frozen.
+"""Train `examples/dpvr-tiny-adapter`: the side branch of a DPVR on `examples/tiny-llava`, all else frozen.
 
 The answers of the dense LLaVA are the targets: the loss is the Kullback-Leibler divergence from its distribution over
 the next token to DPVR's, at the tokens of the answers. Dense, untrained and trained models are then asked the same
@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
@@ -40,28 +39,13 @@ from train_tiny_llava import (
     wilson_interval,
 )
 
-from convert_llava_to_dpvr import convert
-
-
-def load_untrained(args, folder: Path):
-    """A DPVR of `args.source` in fp32 whose side branch alone is trainable, and its processor."""
-    convert(
-        args.source,
-        folder / "dpvr",
-        saturation_layer=args.saturation_layer,
-        side_branch_init=args.init,
-        dtype="float32",
-        seed=args.seed,
-    )
-    model = AutoModel.from_pretrained(folder / "dpvr", trust_remote_code=True).eval()
-    model.requires_grad_(False)
-    model.model.side_branch.requires_grad_(True)
-    return model, AutoProcessor.from_pretrained(folder / "dpvr", trust_remote_code=True)
+from training.adapters import add_adapter, from_llava, processor_from_llava, save_adapter
+from training.trainer import count_trainable, trainable
 
 
 def train(model, teacher, processor, args) -> list[float]:
     """Fits the side branch; returns the loss of each step."""
-    branch = [weight for weight in model.parameters() if weight.requires_grad]
+    branch = list(trainable(model).values())
     optimizer = torch.optim.AdamW(branch, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, warmup=20))
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
@@ -103,19 +87,6 @@ def accuracy(model, processor, pairs: list[tuple[task.Grid, task.Question]]) -> 
     return results
 
 
-def save_adapter(model, directory: Path, record: dict) -> None:
-    """The side branch alone, in fp16, under the names that it has in a checkpoint; the routing as metadata."""
-    config = model.config
-    weights = {
-        f"model.side_branch.{name}": weight.detach().half().contiguous()
-        for name, weight in model.model.side_branch.named_parameters()
-    }
-    names = ("saturation_layer", "num_side_layers", "num_fusion_layers")
-    metadata = {"format": "pt", **{name: str(getattr(config, name)) for name in names}}
-    save_file(weights, directory / "side_branch.safetensors", metadata)
-    (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -127,7 +98,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--source", default=str(ROOT / "examples" / "tiny-llava"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=ROOT / "examples" / "dpvr-tiny-adapter", help="%(default)s")
     parser.add_argument("--saturation-layer", type=int, help="default: the paper's proportion of the layers")
-    parser.add_argument("--init", choices=("identity", "copy", "random"), default="identity", help="%(default)s")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of data and augmentation (default: %(default)s)")
@@ -144,7 +114,8 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{args.output.name}-", dir=args.output.parent))
     try:
-        model, processor = load_untrained(args, work)
+        model = from_llava(args.source, saturation_layer=args.saturation_layer, dtype=torch.float32)
+        adapted, processor = add_adapter(model), processor_from_llava(args.source)  # in place
         teacher = LlavaForConditionalGeneration.from_pretrained(args.source, dtype=torch.float32).eval()
         pairs = task.make_questions(args.seed + 1000, args.questions, "test")
         results = {
@@ -154,27 +125,26 @@ def main() -> None:
         begin = time.monotonic()
         losses = train(model, teacher, processor, args)
         seconds = time.monotonic() - begin
-        for weight in model.model.side_branch.parameters():  # what is evaluated is what is saved
+        for weight in trainable(model).values():  # what is evaluated is what is saved
             weight.data = weight.half().float()
         results["trained"] = accuracy(model, processor, pairs)
+        trained, total, _ = count_trainable(model)
         record = {
             "command": f"python scripts/train_tiny_side_branch.py --saturation-layer {model.config.saturation_layer} "
-            f"--init {args.init} --learning-rate {args.learning_rate} --steps {args.steps} --seed {args.seed}",
+            f"--learning-rate {args.learning_rate} --steps {args.steps} --seed {args.seed}",
             "loss": "KL divergence from the dense model's next-token distribution, on answer tokens",
             "loss_first_last_20_steps": [round(float(np.mean(part)), 5) for part in (losses[:20], losses[-20:])],
-            "trainable_parameters": sum(weight.numel() for weight in model.model.side_branch.parameters()),
-            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "trainable_parameters": trained,
+            "parameters": total,
             "training_seconds": round(seconds),
             "total_seconds": round(time.monotonic() - start),
             "threads": args.threads,
             "versions": versions(),
             "held_out": results,
         }
-        directory = work / "adapter"
-        directory.mkdir()
-        save_adapter(model, directory, record)
-        (directory / "side_branch.safetensors").chmod(0o644)
-        replace_directory(directory, args.output)
+        save_adapter(adapted, work / "adapter", args.source, dtype=torch.float16)
+        (work / "adapter" / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        replace_directory(work / "adapter", args.output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"{'':9} {'dense':>22} {'untrained':>22} {'trained':>22}")

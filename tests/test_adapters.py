@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import NUM_LAYERS, DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
 from transformers import MistralConfig, Qwen2Config
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -19,11 +20,13 @@ from training.adapters import (
     AdapterError,
     add_adapter,
     base_state,
+    branch_name,
     from_llava,
     load_adapter,
     merge_adapter,
     save_adapter,
 )
+from training.trainer import count_trainable
 
 BASE = "org/dpvr-tiny"
 BATCH = make_batch(["tIttt", "ttIt"])
@@ -82,7 +85,7 @@ def stored(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_adapter_changes_nothing_and_trains_the_side_branch_alone_or_with_what_was_asked_for(kind):
     base = make_base()
-    expected, whole = logits(base), num_weights(base.model.side_branch)
+    expected, whole, of_base = logits(base), num_weights(base.model.side_branch), num_weights(base)
     if kind == "whole fusion":
         whole += num_weights(base.model.language_model.layers[-1])
     model = add_adapter(base, **KINDS[kind])
@@ -90,6 +93,8 @@ def test_a_new_adapter_changes_nothing_and_trains_the_side_branch_alone_or_with_
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert sum(weight.numel() for name, weight in trainable.items() if "lora_" not in name) == whole
     with_lora = {name for name in trainable if "lora_" in name}
+    in_lora = sum(trainable[name].numel() for name in with_lora)
+    assert count_trainable(model)[:2] == (whole + in_lora, of_base + in_lora)
     assert not any("side_branch" in name or "vision_tower" in name for name in with_lora)
     if kind == "fusion":
         assert with_lora
@@ -311,13 +316,20 @@ def test_generation_with_an_adapter_gives_the_tokens_of_the_merged_model(saved):
     assert torch.equal(tokens, merge_adapter(model).generate(**BATCH, max_new_tokens=4, do_sample=False))
 
 
-def test_a_side_branch_without_a_config_loads_too():
-    from safetensors.torch import load_file
+def test_a_side_branch_without_a_config_loads_too(tmp_path):
+    weights = {name: weight for name, weight in make_dpvr(seed=1).state_dict().items() if "side_branch" in name}
+    save_file(weights, tmp_path / "side_branch.safetensors")
+    merged = merge_adapter(load_adapter(make_base(), tmp_path)).state_dict()
+    assert all(torch.equal(merged[name], weight) for name, weight in weights.items())
+    assert not torch.equal(make_base().state_dict()[next(iter(weights))], next(iter(weights.values())))
 
+
+def test_the_embedded_adapter_loads_by_peft_alone_on_the_llava_it_was_trained_on():
+    folder = ROOT / "examples" / "dpvr-tiny-adapter"
     base = from_llava(ROOT / "examples" / "tiny-llava", saturation_layer=4, dtype=torch.float32)
-    model = load_adapter(base, ROOT / "examples" / "dpvr-tiny-adapter")
-    weights = load_file(ROOT / "examples" / "dpvr-tiny-adapter" / "side_branch.safetensors")
-    merged = merge_adapter(model).state_dict()
+    merged = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    weights = {branch_name(key): weight for key, weight in stored(folder)[0].items()}
+    assert len(weights) == 9
     assert all(torch.equal(merged[name], weight.float()) for name, weight in weights.items())
 
 

@@ -103,7 +103,7 @@ def test_stop_strings_end_an_answer(embedded):
 def test_the_embedded_files_are_small():
     for name in LLAVAS:
         assert (EXAMPLES / name / "model.safetensors").stat().st_size < 10_000_000
-    assert (EXAMPLES / "dpvr-tiny-adapter" / "side_branch.safetensors").stat().st_size < 1_000_000
+    assert (EXAMPLES / "dpvr-tiny-adapter" / "adapter_model.safetensors").stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
