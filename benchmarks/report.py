@@ -4,8 +4,8 @@
 """Fill tables and figures of README.md and docs/ from result files and draw the plots: no number is typed by hand.
 
 A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. NAME is one of `TABLES`, or of a benchmark:
-`speed` is `table(record)` of `benchmarks/speed.py`, `speed.decode` its `decode(record)`; both get what
-`benchmarks/results/speed.json` holds and return Markdown.
+`speed` is `table(record)` of `benchmarks/speed.py`, `speed.parts` its `parts(record)`; both get what
+`benchmarks/results/speed.json` holds and return Markdown. `speed-batch` is the same of `speed_batch.json`.
 
 A figure within a sentence stands between `<!-- value:PATH -->` and `<!-- /value -->`. PATH is the name of a file in
 `benchmarks/results` and the keys and list positions in it, joined by full stops, with a Python format after a bar:
@@ -31,7 +31,6 @@ import digits as task
 import run_transformers_tests
 import saturation_report
 
-from benchmarks import speed
 from benchmarks.accounting import cache_bytes, dense_config, prefill_flops
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
@@ -191,11 +190,11 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "saturation": (saturation_report.table, ["figures/saturation.json", "figures/saturation-dpvr.json"]),
     "side-branch-seeds": (side_branch_seeds_table, ["benchmarks/results/side_branch_seeds.json"]),
     "soak": (soak_table, ["benchmarks/results/soak.json"]),
-    "speed-2880": (speed.table, ["benchmarks/results/speed_2880.json"]),
-    "speed-2880.parts": (speed.parts, ["benchmarks/results/speed_2880.json"]),
     "training": (training_table, ["benchmarks/results/training.json"]),
     "training-cache": (training_table, ["benchmarks/results/training_cache.json"]),
     "training-cache.ratios": (training_ratios, ["benchmarks/results/training_cache.json"]),
+    "training-cache-long": (training_table, ["benchmarks/results/training_cache_long.json"]),
+    "training-cache-long.ratios": (training_ratios, ["benchmarks/results/training_cache_long.json"]),
     "transformers-tests": (run_transformers_tests.table, ["benchmarks/results/transformers_tests.json"]),
 }
 
@@ -205,8 +204,9 @@ def make_table(name: str) -> str:
     if name in TABLES:
         function, files = TABLES[name]
         return function(*(read(ROOT / file, f"table {name}") for file in files))
-    benchmark, _, function_name = name.partition(".")
-    record = read(RESULTS / f"{benchmark}.json", f"table {name}")
+    results, _, function_name = name.partition(".")
+    benchmark = results.partition("-")[0]
+    record = read(RESULTS / f"{results.replace('-', '_')}.json", f"table {name}")
     try:
         function = getattr(importlib.import_module(f"benchmarks.{benchmark}"), function_name or "table")
     except (ModuleNotFoundError, AttributeError) as error:

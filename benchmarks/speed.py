@@ -378,22 +378,30 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
 
 def table(record: dict) -> str:
     """The results as markdown, one row for each method of each prompt."""
-    lines = [
-        "| prompt | method | prefill, s | ratio | by FLOPs | decode step | KV cache | peak, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for run in record["runs"]:
-        prompt = f"{run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']}"
+        prompt = prompt_name(run)
         for name, result in run["methods"].items():
-            step = result["decode_ratio"]
-            lines.append(
-                f"| {prompt} | {name} | {{median:.3g}} [{{p10:.3g}}, {{p90:.3g}}] ".format(**result["prefill_seconds"])
-                + f"| {result['prefill_ratio']['median']:.3f} | {result['flops_ratio']:.3f} "
-                f"| {'' if step is None else f'{step:.3f}'} | {result['cache_ratio']:.3f} "
-                f"| {'' if result['peak_bytes'] is None else format(result['peak_bytes'] / 2**20, ',.0f')} |"
+            step, peak = result["decode_ratio"], result["peak_bytes"]
+            rows.append(
+                [
+                    prompt,
+                    name,
+                    "{median:.3g} [{p10:.3g}, {p90:.3g}]".format(**result["prefill_seconds"]),
+                    f"{result['prefill_ratio']['median']:.3f}",
+                    f"{result['flops_ratio']:.3f}",
+                    "" if step is None else f"{step:.3f}",
+                    f"{result['cache_ratio']:.3f}",
+                    "" if peak is None else f"{peak / 2**20:,.0f}",
+                ]
             )
             prompt = ""
-    return "\n".join(lines)
+    header = ["prompt", "method", "prefill, s", "ratio", "by FLOPs", "decode step", "KV cache", "peak, MiB"]
+    return markdown(header, rows)
+
+
+def prompt_name(run: dict) -> str:
+    return f"{run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']}"
 
 
 def parts(record: dict) -> str:
@@ -404,7 +412,7 @@ def parts(record: dict) -> str:
         own = next(result for name, result in run["methods"].items() if name.startswith("DPVR"))
         rows.append(
             [
-                f"{run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']}",
+                prompt_name(run),
                 *(f"{run['parts_seconds'][name]['median']:.3g}" for name in names),
                 f"{own['prefill_seconds']['median']:.3g}",
                 f"{run['prefill_over_parts']['median']:.3f}",
@@ -419,11 +427,10 @@ def profiles(record: dict) -> str:
     """Where the time of a prefill goes, as markdown: shares of LLaVA's time in torch's operators."""
     rows = []
     for run in record["runs"]:
-        prompt, total = f"{run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']}", None
+        total = sum(run["profile"]["LLaVA"].values())
         for name, seconds in run["profile"].items():
-            total = total or sum(seconds.values())  # LLaVA's, which comes first
             shares = [f"{own / total:.2%}" for own in (*seconds.values(), sum(seconds.values()))]
-            rows.append([prompt, name, *shares])
+            rows.append([prompt_name(run), name, *shares])
     return markdown(["prompt", "model", *OPERATORS, "other", "all"], rows)
 
 
@@ -492,9 +499,8 @@ def main() -> int:
     print(table(record))
     for run in record["runs"]:
         print(
-            "{vision_tokens} + {text_tokens}, batch {batch}: DPVR's prefill takes ".format(**run)
-            + f"{run['prefill_over_parts']['median']:.3f} of its parts alone, routing "
-            f"{run['routing_share']['median']:.2%} of prefill"
+            f"{prompt_name(run)}: DPVR's prefill takes {run['prefill_over_parts']['median']:.3f} of its parts alone, "
+            f"routing {run['routing_share']['median']:.2%} of prefill"
         )
     print(f"{args.output}")
     return 0

@@ -12,6 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
+from benchmarks.quality import MODELS
 from convert_llava_to_dpvr import convert
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
@@ -22,7 +23,6 @@ from train_tiny_llava import generate_answers
 
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
-LLAVAS = ("tiny-llava", "tiny-llava-12")
 QUESTIONS = 25
 
 
@@ -54,7 +54,7 @@ def recorded(name, *path):
 
 def test_the_records_reach_the_aims_on_enough_questions():
     for kind in task.KINDS:
-        for name in LLAVAS:
+        for name in MODELS:
             result = recorded(name, kind)
             assert result["questions"] >= 500
             assert result["accuracy"] >= (0.95 if kind == "look" else 0.85)
@@ -77,9 +77,9 @@ def test_the_embedded_models_are_as_accurate_as_recorded(embedded, index, record
 
 
 def test_the_second_llava_is_as_accurate_as_recorded():
-    folder = EXAMPLES / LLAVAS[1]
+    folder = EXAMPLES / MODELS[1]
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    assert_as_accurate(llava, AutoProcessor.from_pretrained(folder), LLAVAS[1])
+    assert_as_accurate(llava, AutoProcessor.from_pretrained(folder), MODELS[1])
 
 
 def test_stop_strings_end_an_answer(embedded):
@@ -101,7 +101,7 @@ def test_stop_strings_end_an_answer(embedded):
 
 
 def test_the_embedded_files_are_small():
-    for name in LLAVAS:
+    for name in MODELS:
         assert (EXAMPLES / name / "model.safetensors").stat().st_size < 10_000_000
     assert (EXAMPLES / "dpvr-tiny-adapter" / "adapter_model.safetensors").stat().st_size < 1_000_000
 

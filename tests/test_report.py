@@ -56,6 +56,8 @@ def test_a_table_and_a_value_are_filled_from_the_result_file_of_their_name(resul
     assert "A peak of <!-- value:made.peak.1|.2f -->1.31<!-- /value --> GiB" in filled
     assert report.fill(filled) == filled
     assert "other of sdpa" in report.fill(TABLE.replace("made", "made.other"))
+    (results / "made_twice.json").write_text(json.dumps({"name": "eager"}))
+    assert "other of eager" in report.fill(TABLE.replace("made", "made-twice.other"))
 
 
 @pytest.mark.parametrize("changed", ["made", "made.peak.1"])
