@@ -193,6 +193,7 @@ def spread(total: int, number: int) -> list[int]:
 
 def main() -> None:
     mode, source, work, *options = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts in the background ignores
     torch.set_num_threads(1)
     write_checkpoint.MAX_SHARD_BYTES, read_weights.PIECE_BYTES, write_checkpoint.SYNC_BYTES = 40_000, 4096, 8192
     checkpoint = converter.read_checkpoint(source)
