@@ -280,14 +280,13 @@ class Parts:
 
     def prepare(self) -> dict[str, Callable]:
         """The parts as calls, each good for one time: the next would find its keys and values in the cache."""
-        plans = [self.plan() for _ in range(4)]
-        joint, text, vision, last = (plan[i] for plan, i in zip(plans, (0, 1, 2, 0), strict=True))
-        joint_arguments = ROUTING.joint_arguments(joint, plans[0][3])
+        call, text, vision, mask = self.plan()
+        joint = ROUTING.joint_arguments(call, mask)
         return {
-            "joint": lambda: ROUTING.run_layers(self.joint, self.states, joint_arguments),
+            "joint": lambda: ROUTING.run_layers(self.joint, self.states, joint),
             "text-only": lambda: ROUTING.run_layers(self.text_only, self.text_states, ROUTING.stream_arguments(text)),
             "side branch": lambda: self.model.model.side_branch(self.vision_states, vision),
-            "last layer and head": lambda: self.read_last(last),
+            "last layer and head": lambda: self.read_last(call),
             "routing": self.routing,
         }
 
@@ -338,9 +337,8 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
             seconds[method.name].append(taken)
             if repetition == 1 or meter.is_cuda:
                 steps[method.name] += decode(method, prompt, outputs, args.decode_tokens, meter)
-        calls = parts.prepare()
-        for name in alone:
-            taken, _ = meter.time(calls.pop(name))
+        for name, call in parts.prepare().items():
+            taken, _ = meter.time(call)
             alone[name] += [taken] * is_counted
         tower += [meter.time(encode)[0]] * is_counted
     results = {}
