@@ -130,26 +130,6 @@ def side_branch_seeds_table(record: dict) -> str:
     return markdown(["S", "loss", "initialisation", "seeds", "accuracy %", "recovered %", "KL, nats"], rows)
 
 
-def training_table(record: dict) -> str:
-    """Seconds and memory of a training step, by what is trained and how."""
-    rows = [
-        [
-            kind,
-            f"{result['trained_parameters'] / 1e6:.1f} M",
-            "{:.3f} s ({:.3f} to {:.3f})".format(result["seconds"], *result["seconds_range"]),
-            f"{result['bytes_beyond_weights'] / 2**30:.3f} GiB",
-        ]
-        for kind, result in record["kinds"].items()
-    ]
-    return markdown(["what trains", "parameters", "a step, median (range)", "memory beyond the weights"], rows)
-
-
-def training_ratios(record: dict) -> str:
-    from benchmarks.training import ratios
-
-    return ratios(record)
-
-
 def soak_table(record: dict) -> str:
     """Memory and answers over thousands of calls."""
     held = [f"{record['held_bytes'][i] / 2**20:.1f}" for i in (0, len(record["held_bytes"]) // 2, -1)]
@@ -190,11 +170,6 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "saturation": (saturation_report.table, ["figures/saturation.json", "figures/saturation-dpvr.json"]),
     "side-branch-seeds": (side_branch_seeds_table, ["benchmarks/results/side_branch_seeds.json"]),
     "soak": (soak_table, ["benchmarks/results/soak.json"]),
-    "training": (training_table, ["benchmarks/results/training.json"]),
-    "training-cache": (training_table, ["benchmarks/results/training_cache.json"]),
-    "training-cache.ratios": (training_ratios, ["benchmarks/results/training_cache.json"]),
-    "training-cache-long": (training_table, ["benchmarks/results/training_cache_long.json"]),
-    "training-cache-long.ratios": (training_ratios, ["benchmarks/results/training_cache_long.json"]),
     "transformers-tests": (run_transformers_tests.table, ["benchmarks/results/transformers_tests.json"]),
 }
 

@@ -238,6 +238,20 @@ def summarize(runs: dict[str, list[dict]]) -> dict:
     return {"kinds": kinds, "ratios": ratios}
 
 
+def table(record: dict) -> str:
+    """Seconds and memory of a training step, by what is trained and how."""
+    rows = [
+        [
+            kind,
+            f"{result['trained_parameters'] / 1e6:.1f} M",
+            "{:.3f} s ({:.3f} to {:.3f})".format(result["seconds"], *result["seconds_range"]),
+            f"{result['bytes_beyond_weights'] / 2**30:.3f} GiB",
+        ]
+        for kind, result in record["kinds"].items()
+    ]
+    return markdown(["what trains", "parameters", "a step, median (range)", "memory beyond the weights"], rows)
+
+
 def ratios(record: dict) -> str:
     """What the kinds are to each other, as Markdown, beside what is aimed at."""
     rows = [
