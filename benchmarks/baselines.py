@@ -52,14 +52,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file may
 
 from benchmarks import accounting
 from benchmarks.accounting import Flops, LayerLoad
+from benchmarks.caches import CACHE
 from training.staged import pack, take
 
 # Checkpoints name LLaVA's weights as transformers 4 did; classes that are not its own are left out of the renaming
 for ours, llavas in (("PrunedLlava", "llava"), ("PrunedLlavaModel", "LlavaModel")):
     register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(llavas), overwrite=True)
-
-# Transformers 5.24 renamed it
-CACHE = "cache" if "cache" in LlavaModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass(frozen=True)

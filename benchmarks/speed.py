@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from tqdm import tqdm
-from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 
@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import accounting, baselines
+from benchmarks.caches import CACHE, make_cache, stored_bytes
 from benchmarks.make_random_llava import make_config
 from benchmarks.tables import markdown
 
@@ -205,24 +206,13 @@ def make_prompt(config, num_vision: int, num_text: int, batch: int, device: torc
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def stored_bytes(cache, num_layers: int) -> int:
-    layers = [layer for layer in cache.layers[:num_layers] if layer.is_initialized]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-
-
-def make_cache(model) -> DynamicCache:
-    cache = DynamicCache(config=model.config.text_config)
-    cache.expects_images = False
-    return cache
-
-
 def prefill(method: Method, prompt: dict, features) -> object:
     """The prompt in one call, as `generate` makes it."""
     if method.stages:
         method.model.stages = method.stages
     return method.model(
         **prompt,
-        **{ROUTING.CACHE: make_cache(method.model)},
+        **{CACHE: make_cache(method.model.config)},
         mm_encoder_outputs={"image": features},
         logits_to_keep=1,
         use_cache=True,
@@ -231,11 +221,11 @@ def prefill(method: Method, prompt: dict, features) -> object:
 
 def decode(method: Method, prompt: dict, outputs, num_tokens: int, meter: Meter) -> list[float]:
     """Seconds of each of `num_tokens` greedy steps."""
-    cache, mask, seconds = outputs[ROUTING.CACHE], prompt["attention_mask"], []
+    cache, mask, seconds = outputs[CACHE], prompt["attention_mask"], []
     token = outputs.logits[:, -1:].argmax(-1)
     for _ in range(num_tokens):
         mask = torch.cat([mask, mask[:, :1]], 1)
-        step = {"input_ids": token, "attention_mask": mask, ROUTING.CACHE: cache}
+        step = {"input_ids": token, "attention_mask": mask, CACHE: cache}
         taken, outputs = meter.time(lambda step=step: method.model(**step, logits_to_keep=1))
         token = outputs.logits[:, -1:].argmax(-1)
         seconds.append(taken)
@@ -274,7 +264,7 @@ class Parts:
 
     def plan(self):
         """The plans of a prefill into an empty cache."""
-        cache = make_cache(self.model)
+        cache = make_cache(self.model.config)
         self.model.model.add_stream_layers(cache)
         return self.model.model.plan_call(self.states, self.is_vision, self.mask, None, cache)
 
@@ -330,8 +320,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
         for method in methods:
             if not is_counted:
                 memory[method.name], outputs = meter.peak(lambda m=method: prefill(m, prompt, features))
-                num_layers = config.text_config.num_hidden_layers + getattr(method.model.config, "num_side_layers", 0)
-                stored[method.name] = stored_bytes(outputs[ROUTING.CACHE], num_layers)
+                stored[method.name] = stored_bytes(outputs[CACHE], method.model.config)
                 continue
             taken, outputs = meter.time(lambda m=method: prefill(m, prompt, features))
             seconds[method.name].append(taken)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
@@ -26,7 +26,7 @@ from train_tiny_llava import conversation, generate_answers
 from train_tiny_side_branch import accuracy
 
 from benchmarks.accounting import prefill_flops
-from benchmarks.baselines import CACHE
+from benchmarks.caches import CACHE, make_cache, stored_bytes
 from convert_llava_to_dpvr import convert
 
 QUESTIONS_ABOUT_THE_PICTURE = 2  # of each kind
@@ -51,26 +51,18 @@ def make_checkpoint(output: Path) -> None:
     print(convert(examples / "tiny-llava", output, adapter=examples / "dpvr-tiny-adapter"), end="\n\n")
 
 
-@torch.no_grad()
-def stored_bytes(model, inputs) -> int:
-    """Bytes of the keys and values that a model holds after reading `inputs`, as in `generate`."""
-    text = model.config.text_config
-    num_layers = text.num_hidden_layers + getattr(model.config, "num_side_layers", 0)
-    cache = DynamicCache(config=text)
-    cache.expects_images = False
-    model(**inputs, **{CACHE: cache})
-    layers = cache.layers[:num_layers]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
-
-
 def run(model, processor, picture, questions, held_out) -> Result:
     """Asks a model about the picture and about the held-out grids."""
     answers = generate_answers(model, processor, [picture] * len(questions), questions)
     prompt = processor.apply_chat_template(conversation(questions[:1])[:1], add_generation_prompt=True)
     inputs = processor(images=picture, text=prompt, return_tensors="pt")
     vision = model.config.image_seq_length
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        model(**inputs, **{CACHE: cache})
     flops = prefill_flops(model.config, vision, inputs["input_ids"].shape[1] - vision)
-    return Result(answers, accuracy(model, processor, held_out), flops.decoder / 1e9, stored_bytes(model, inputs))
+    held_out = accuracy(model, processor, held_out)
+    return Result(answers, held_out, flops.decoder / 1e9, stored_bytes(cache, model.config))
 
 
 def summary_rows(dense: Result, dpvr: Result) -> list[tuple[str, str, str]]:

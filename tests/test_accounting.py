@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import DPVRConfig, DPVRForConditionalGeneration
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import AutoModel, DynamicCache, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.accounting import (
     cache_bytes,
@@ -17,6 +17,7 @@ from benchmarks.accounting import (
     prefill_loads,
     vision_tower_flops,
 )
+from benchmarks.caches import make_cache, stored_bytes
 
 IMAGE = 120
 TEXT = {
@@ -120,11 +121,10 @@ def test_dense_decode_is_what_torch_counts(shape):
 def test_dense_cache_is_what_the_cache_holds(shape):
     config = llava_config(shape)
     language_model = build(AutoModel.from_config, config.text_config)
-    cache = DynamicCache(config=config.text_config)
+    cache = make_cache(config)
     with torch.no_grad():
         language_model(inputs_embeds=torch.randn(1, 15, 32), past_key_values=cache)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_bytes(config, 9, 6, itemsize=4) == {"joint": held}
+    assert cache_bytes(config, 9, 6, itemsize=4) == {"joint": stored_bytes(cache, config)}
 
 
 ROUTINGS = {
@@ -152,15 +152,13 @@ def test_routed_prefill_is_what_torch_counts(shape, routing, attention):
 def test_routed_decode_and_cache_are_what_the_model_does(shape, routing):
     config = dpvr_config(shape, **ROUTINGS[routing])
     model = build(DPVRForConditionalGeneration, config)
-    num_layers = config.text_config.num_hidden_layers + config.num_side_layers  # behind them lie slots, no numbers
     for later_images in (True, False):
-        cache = DynamicCache(config=config.text_config)
+        cache = make_cache(config)
         cache.expects_images = later_images
         with torch.no_grad():
             model(**prompt(num_images=1, num_text=6), past_key_values=cache)
-        layers = [layer for layer in cache.layers[:num_layers] if layer.is_initialized]
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-        assert sum(cache_bytes(config, 9, 6, itemsize=4, later_images=later_images).values()) == held
+        counted = cache_bytes(config, 9, 6, itemsize=4, later_images=later_images)
+        assert sum(counted.values()) == stored_bytes(cache, config)
     step = {"input_ids": torch.tensor([[9]]), "mm_token_type_ids": torch.tensor([[0]])}
     assert decode_flops(config, 9, 6).total == count(model, **step, past_key_values=cache)
 
