@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-PIECE_BYTES = 2**19  # small enough to stay in a core's cache while it is summed and written
+PIECE_BYTES = 2**21  # large enough that threads seldom hand one on
 MAX_HEADER_BYTES = 10**8  # safetensors' own limit
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1}
@@ -86,20 +86,18 @@ class StoredTensor:
     offset: int | None = None
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        """Its numbers in order, in one-dimensional tensors of at most `PIECE_BYTES`. Each is good only until the next
-        is asked for."""
+        """Its numbers in order, in one-dimensional tensors of at most `PIECE_BYTES`."""
         if self.offset is None:
             yield from load_pickled(self.path)[self.key].contiguous().flatten().split(PIECE_BYTES // 8)
             return
         num_bytes = math.prod(self.shape) * self.dtype.itemsize
-        buffer = memoryview(bytearray(min(num_bytes, PIECE_BYTES)))
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             for start in range(0, num_bytes, PIECE_BYTES):
-                piece = buffer[: min(num_bytes - start, PIECE_BYTES)]
-                if not _read_into(file, piece):
+                piece = torch.empty(min(num_bytes - start, PIECE_BYTES), dtype=torch.uint8)
+                if not _read_into(file, memoryview(piece.numpy())):
                     raise ConversionError(f"{self.path} ended within {self.key}: it was changed while it was read.")
-                yield torch.frombuffer(piece, dtype=self.dtype)
+                yield piece.view(self.dtype)
 
     def load(self) -> torch.Tensor:
         """All of it in memory, which nothing else refers to."""
@@ -146,7 +144,7 @@ class Weight:
         return source.origin if isinstance(source, MadeTensor) else f"{source.key} in {source.path}"
 
     def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Its numbers in order, cast to `dtype`, in one-dimensional tensors good until the next is asked for.
+        """Its numbers in order, cast to `dtype`, in one-dimensional tensors.
 
         Raises:
             ConversionError: if a finite number is not finite any more in `dtype`.

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from read_weights import (
 )
 
 MAX_SHARD_BYTES = 10**9
+PIECES_AHEAD = 4
 SYNC_BYTES = 2**26  # after so many the disk starts to write, and what is written is checked
 
 
@@ -254,8 +256,17 @@ def as_bytes(piece: torch.Tensor) -> memoryview:
     return memoryview(piece.view(torch.uint8).numpy())
 
 
+def ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
+    """The same items, of which a thread makes a few in advance."""
+    end = object()
+    made = deque(thread.submit(next, items, end) for _ in range(PIECES_AHEAD))
+    while (item := made.popleft().result()) is not end:
+        made.append(thread.submit(next, items, end))
+        yield item
+
+
 class ShardWriter:
-    """Writes shards, and puts on the disk, reads back and checks what is written while the next is being written.
+    """Writes shards while it reads on, and puts on the disk, reads back and checks what is written.
 
     A copy of the same files waits for the disk most of its time; the checks fit in there.
 
@@ -267,6 +278,7 @@ class ShardWriter:
 
     def __init__(self, staging: Staging, dtype: torch.dtype, advance: Callable[[int], object]):
         self.staging, self.dtype, self.advance = staging, dtype, advance
+        self.reading = ThreadPoolExecutor(1)
         self.checking = ThreadPoolExecutor(2)  # one waits for the disk while the other one reads
         self.checks: list[Future] = []
         self.finishing: Future | None = None
@@ -275,6 +287,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_) -> None:
+        self.reading.shutdown(cancel_futures=True)
         self.checking.shutdown(cancel_futures=True)
 
     def write(self, name: str, shard: list[Weight]) -> None:
@@ -304,7 +317,7 @@ class ShardWriter:
     def _write_tensor(self, file: BinaryIO, weight: Weight) -> int:
         """Returns the checksum of what came from the source."""
         checksum = 0
-        for piece in weight.pieces(self.dtype):
+        for piece in ahead(weight.pieces(self.dtype), self.reading):
             data = as_bytes(piece)
             checksum = zlib.crc32(data, checksum)
             write_all(file, data)
