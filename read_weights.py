@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-PIECE_BYTES = 2**21  # large enough that threads seldom hand one on
+PIECE_BYTES = 2**20  # large enough that threads seldom hand one on
 MAX_HEADER_BYTES = 10**8  # safetensors' own limit
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1}
