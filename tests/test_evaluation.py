@@ -40,7 +40,8 @@ def folder(tmp_path_factory) -> Path:
     return working
 
 
-def run(working: Path, *arguments) -> None:
+def run(working: Path, *arguments) -> str:
+    """What a command printed."""
     environment = {**os.environ, "HF_HOME": str(working / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -51,15 +52,18 @@ def run(working: Path, *arguments) -> None:
         timeout=1200,
         check=False,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-4000:]
+    return printed
 
 
 def harness(working: Path, module: str, name: str, *arguments) -> tuple[list[str], dict[str, float]]:
     """Runs a harness on the questions; its record of the answers, in their order, and its means by metric."""
     output = working / module
     options = ("--tasks", name, "--include_path", TASKS, "--batch_size", BATCH, "--output_path", output)
-    run(working, "-m", module, *arguments, *options, "--log_samples")
-    (samples,) = output.rglob(f"*samples_{name}*.jsonl")
+    printed = run(working, "-m", module, *arguments, *options, "--log_samples")
+    samples = next(output.rglob(f"*samples_{name}*.jsonl"), None)
+    assert samples, printed[-4000:]  # lmms-eval ends with status 0 where it fails
     (results,) = output.rglob("*results*.json")
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     answers = ["".join(row["filtered_resps"]).strip() for row in rows]  # a list of one answer, or an answer
