@@ -61,8 +61,8 @@ def run(model, processor, picture, questions, held_out) -> Result:
     with torch.no_grad():
         model(**inputs, **{CACHE: cache})
     flops = prefill_flops(model.config, vision, inputs["input_ids"].shape[1] - vision)
-    held_out = accuracy(model, processor, held_out)
-    return Result(answers, held_out, flops.decoder / 1e9, stored_bytes(cache, model.config))
+    num_bytes = stored_bytes(cache, model.config)
+    return Result(answers, accuracy(model, processor, held_out), flops.decoder / 1e9, num_bytes)
 
 
 def summary_rows(dense: Result, dpvr: Result) -> list[tuple[str, str, str]]:

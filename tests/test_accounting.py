@@ -124,6 +124,8 @@ def test_dense_cache_is_what_the_cache_holds(shape):
     cache = make_cache(config)
     with torch.no_grad():
         language_model(inputs_embeds=torch.randn(1, 15, 32), past_key_values=cache)
+    assert len(cache.layers) == config.text_config.num_hidden_layers  # stored_bytes would pass over what lies behind
+    assert all(layer.is_initialized for layer in cache.layers)
     assert cache_bytes(config, 9, 6, itemsize=4) == {"joint": stored_bytes(cache, config)}
 
 

@@ -288,6 +288,7 @@ def test_cost_is_what_torch_counts_and_the_cache_holds(shape, method, attention)
     cache = DynamicCache(config=config.text_config)
     counted = count(model, **inputs, logits_to_keep=1, past_key_values=cache)
     assert prefill_flops(config, stages, 2 * NUM_PATCHES, 11).total == counted
+    assert all(layer.is_initialized for layer in cache.layers[:5])
     assert cache_bytes(config, stages, 2 * NUM_PATCHES, 11, itemsize=4) == stored_bytes(cache, config)
     step = count(model, input_ids=torch.tensor([[9]]), past_key_values=cache)
     assert decode_flops(config, stages, 2 * NUM_PATCHES, 11).total == step

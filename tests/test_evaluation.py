@@ -62,10 +62,10 @@ def harness(working: Path, module: str, name: str, *arguments) -> tuple[list[str
     output = working / module
     options = ("--tasks", name, "--include_path", TASKS, "--batch_size", BATCH, "--output_path", output)
     printed = run(working, "-m", module, *arguments, *options, "--log_samples")
-    samples = next(output.rglob(f"*samples_{name}*.jsonl"), None)
-    assert samples, printed[-4000:]  # lmms-eval ends with status 0 where it fails
+    samples = list(output.rglob(f"*samples_{name}*.jsonl"))
+    assert len(samples) == 1, printed[-4000:]  # lmms-eval ends with status 0 where it fails
     (results,) = output.rglob("*results*.json")
-    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    rows = sorted(map(json.loads, samples[0].read_text().splitlines()), key=lambda row: row["doc_id"])
     answers = ["".join(row["filtered_resps"]).strip() for row in rows]  # a list of one answer, or an answer
     metrics = json.loads(results.read_text())["results"][name]
     return answers, {key: metrics[f"{key},none"] for key in ("accuracy", *task.KINDS)}
