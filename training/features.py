@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from training.adapters import base_state
 from training.data import BadRowError, Collator, ConversationDataset
 from training.staged import IGNORED, StagedModel, split_rows
 
@@ -53,12 +54,11 @@ def digest(*parts: bytes) -> str:
 def weights_digest(model: StagedModel) -> str:
     """Of name, shape and evenly spaced values of every weight of the model that is frozen."""
     parts = []
-    for name, weight in sorted(model.base.named_parameters()):
-        if any(part in name for part in ("side_branch", "lora_", "modules_to_save", "ln_tuning_layers")):
+    for name, weight in sorted(base_state(model.base).items()):
+        if "side_branch" in name:
             continue
         values = weight.detach().flatten()
         chosen = torch.linspace(0, len(values) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
-        name = name.replace(".base_layer", "").replace(".original_module", "")
         parts += [f"{name} {tuple(weight.shape)}".encode(), values[chosen.to(values.device)].float().cpu().numpy()]
     return digest(*parts)
 
