@@ -25,6 +25,7 @@ from benchmarks.accounting import cache_bytes, dense_config, layer_flops, prefil
 from configuration_dpvr import AUTO_MAP, DPVRConfig
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
 from read_weights import ConversionError, StoredTensor, Weight, read_json, reason
+from scripts.checksums import write_checksums
 from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights, side_branch_weights
 from write_checkpoint import (
     Staging,
@@ -516,7 +517,9 @@ def convert(
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
-    """Uploads a converted checkpoint; the repository is made if it does not exist. Returns its address."""
+    """Uploads a converted checkpoint with its checksums; the repository is made if it does not exist. Returns its
+    address."""
+    write_checksums(folder)
     api = HfApi()
     address = api.create_repo(repo, private=private or None, exist_ok=True)
     api.upload_folder(repo_id=repo, folder_path=folder)

@@ -4,7 +4,8 @@
 """Write or check SHA256SUMS, the checksums of a release or of a converted checkpoint.
 
 The file has the format of `sha256sum`, which checks it too: `sha256sum --check SHA256SUMS`. It names each file under
-the folder; in a git checkout, each that git tracks. A check fails if a file differs, is missing, or is not named.
+the folder; in a git checkout, each that git tracks. A check fails if a file differs, is missing, or is not named. What
+the Hub and its client add is left out, and so is a subfolder with a SHA256SUMS of its own, such as an adapter's.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 NAME = "SHA256SUMS"
+HUBS_OWN = (".gitattributes", ".cache")
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -32,7 +34,8 @@ def list_files(folder: Path) -> list[str]:
         ).stdout
         names = [name for name in output.split("\0") if name]
     else:
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        names = [path.as_posix() for path in paths if not _is_apart(folder, path)]
     for name in names:
         if "\n" in name:
             raise ValueError(f"{name!r} has a line break in its name, which {NAME} cannot hold.")
@@ -41,19 +44,33 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != NAME)
 
 
-def compute_checksums(folder: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of each file, in hexadecimal; a megabyte in memory at a time."""
+def _is_apart(folder: Path, path: Path) -> bool:
+    return path.parts[0] in HUBS_OWN or any((folder / parent / NAME).is_file() for parent in path.parents[:-1])
+
+
+def compute_checksums(files: dict[str, Path]) -> dict[str, str]:
+    """SHA-256 of files by their names, in hexadecimal; a megabyte in memory at a time."""
     sums = {}
-    total = sum((folder / name).stat().st_size for name in names)
+    total = sum(path.stat().st_size for path in files.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="SHA-256", disable=None) as bar:
-        for name in names:
+        for name, path in files.items():
             digest = hashlib.sha256()
-            with (folder / name).open("rb") as file:
+            with path.open("rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
                     bar.update(len(block))
             sums[name] = digest.hexdigest()
     return sums
+
+
+def write_checksums(folder: Path, files: dict[str, Path] | None = None) -> Path:
+    """Writes SHA256SUMS into `folder`, of files given by their names there or of all that it holds."""
+    if files is None:
+        files = {name: folder / name for name in list_files(folder)}
+    path = folder / NAME
+    lines = [f"{checksum}  {name}\n" for name, checksum in compute_checksums(files).items()]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def read_checksums(path: Path) -> dict[str, str]:
@@ -78,7 +95,7 @@ def find_faults(folder: Path) -> tuple[int, list[str]]:
     """How many files were compared, and a sentence for each that is not as SHA256SUMS says."""
     expected = read_checksums(folder / NAME)
     present = set(list_files(folder))
-    actual = compute_checksums(folder, sorted(present & set(expected)))
+    actual = compute_checksums({name: folder / name for name in sorted(present & set(expected))})
     faults = [f"{name}: missing" for name in sorted(set(expected) - present)]
     faults += [f"{name}: not named in {NAME}" for name in sorted(present - set(expected))]
     faults += [f"{name}: is {actual[name]}, not {expected[name]}" for name in actual if actual[name] != expected[name]]
@@ -107,12 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
             number, faults = find_faults(args.folder)
             print("\n".join([*faults, f"{number} files compared, {len(faults)} faults"]))
             return int(bool(faults))
-        sums = compute_checksums(args.folder, list_files(args.folder))
+        write_checksums(args.folder)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    path.write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()), encoding="utf-8")
-    print(f"{path}: {len(sums)} files")
+    print(f"{path}: {len(read_checksums(path))} files")
     return 0
 
 

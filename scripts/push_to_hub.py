@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Upload an adapter or a DPVR checkpoint to the Hugging Face Hub, with a model card made from its `training.json`.
+"""Upload an adapter or a DPVR checkpoint to the Hugging Face Hub, with a model card made from its `training.json`
+and checksums of all files.
 
 All files arrive in one commit: a failed upload changes nothing that is published. Checkpoints of the training, logs
 and lists of bad rows stay where they are.
@@ -18,6 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.checksums import write_checksums
 from training.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import PLOT_FILE, make_card, plot_losses
 
@@ -106,6 +108,7 @@ def push_to_hub(
         )
     with tempfile.TemporaryDirectory(prefix="dpvr-card-") as target:
         files += make_card_files(folder, Path(target), repo, is_adapter, subfolder)
+        files.append(write_checksums(Path(target), {path.name: path for path in files}))
         inside = f"{subfolder.strip('/')}/" if subfolder else ""
         commit = api.create_commit(
             repo,

@@ -612,7 +612,8 @@ def test_push_uploads_the_finished_folder(tmp_path, source, monkeypatch, capsys)
     assert main([str(source), str(tmp_path / "dpvr"), "--push-to-hub", "me/dpvr", "--private"]) == 0
     assert calls["create"] == ("me/dpvr", {"private": True, "exist_ok": True})
     assert calls["upload"][0] == "me/dpvr"
-    assert {"README.md", "config.json", "modeling_dpvr.py", "model.safetensors.index.json"} <= set(calls["upload"][1])
+    expected = {"README.md", "SHA256SUMS", "config.json", "modeling_dpvr.py", "model.safetensors.index.json"}
+    assert expected <= set(calls["upload"][1])
     assert "https://hub/me/dpvr" in capsys.readouterr().out
     calls.clear()
     assert main([str(source), str(tmp_path / "other"), "--push-to-hub", "me/dpvr", "--dry-run"]) == 0

@@ -14,6 +14,7 @@ from conftest import ROOT
 from hub_server import TOKEN, Hub
 
 from convert_llava_to_dpvr import convert
+from scripts import checksums
 from training.adapters import add_adapter, from_llava, save_adapter
 from training.card import make_card, plot_losses
 
@@ -125,7 +126,7 @@ def test_a_checkpoint_and_an_adapter_are_pushed_whole_each_in_one_commit(folders
     expected = {path.name: path.read_bytes() for path in (folders / "dpvr").iterdir()}
     _, first, _ = (files for _, files in hub.commits["org/dpvr"])
     assert expected.items() <= first.items()
-    assert first.keys() - expected == {"README.md"}
+    assert first.keys() - expected == {"README.md", "SHA256SUMS"}
     files = hub.files("org/adapter")
     assert set(files) == {
         "adapter_config.json",
@@ -133,6 +134,7 @@ def test_a_checkpoint_and_an_adapter_are_pushed_whole_each_in_one_commit(folders
         "training.json",
         "README.md",
         "loss.png",
+        "SHA256SUMS",
     }
     assert files["adapter_model.safetensors"] == (folders / "adapter" / "adapter_model.safetensors").read_bytes()
     assert len(hub.commits["org/adapter"]) == 2  # the empty repository, and one more
@@ -145,6 +147,20 @@ def test_an_adapter_beside_a_checkpoint_is_refused_at_the_root_and_taken_in_a_su
     assert "org/dpvr has a config.json at its root" in errors["adapter beside a checkpoint"]
     assert said["adapter in a subfolder"].endswith("\n0\n")
     assert "adapter_config.json" not in hub.files("org/dpvr")
+
+
+def test_what_is_pushed_can_be_checked_where_it_is_downloaded(pushed, tmp_path):
+    """With what the Hub and its client put beside it, and an adapter in a subfolder that came later."""
+    files = pushed[0].files("org/dpvr") | {".gitattributes": b"", ".cache/huggingface/.gitignore": b"*"}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    for folder in (tmp_path, tmp_path / "adapters" / "a"):
+        assert checksums.main([str(folder), "--check"]) == 0
+        assert set(checksums.read_checksums(folder / "SHA256SUMS")) >= {"README.md"}
+    (tmp_path / "adapters" / "a" / "README.md").write_text("changed")
+    assert checksums.main([str(tmp_path), "--check"]) == 0
+    assert checksums.main([str(tmp_path / "adapters" / "a"), "--check"]) == 1
 
 
 LOAD = """
