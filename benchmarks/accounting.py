@@ -39,7 +39,7 @@ Example:
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, LlavaConfig
@@ -115,6 +115,11 @@ def prefill_loads(config: LlavaConfig, vision_tokens: int, text_tokens: int, num
     if loads[-1].role == "fusion" and 0 < num_logits < loads[-1].new:
         loads[-1] = LayerLoad("fusion", num_logits, loads[-1].new, loads[-1].context)
     return [load for load in loads if load.new]
+
+
+def read_one_token(loads: list[LayerLoad]) -> list[LayerLoad]:
+    """The same, but that of the last layer only the last token's output is computed, as DPVR has it for one logit."""
+    return [*loads[:-1], replace(loads[-1], queries=1)]
 
 
 def decode_loads(config: LlavaConfig, vision_tokens: int, text_tokens: int) -> list[LayerLoad]:

@@ -138,9 +138,10 @@ def table(record: dict) -> str:
                 f"{result['ratio']:.2f}",
                 f"{max(each['peak_bytes'] for each in conversions) / 2**20:,.0f} MiB",
                 f"{seconds([each['seconds'] for each in links])} s, {links[0]['written_bytes'] / 1e9:.2f} GB",
+                seconds([each["import_seconds"] for each in conversions]),
             ]
         )
-    return markdown(["source", "copy, s", "conversion, s", "ratio", "peak memory", "`--link`"], rows)
+    return markdown(["source", "copy, s", "conversion, s", "ratio", "peak memory", "`--link`", "imports, s"], rows)
 
 
 def main() -> int:

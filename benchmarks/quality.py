@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -141,8 +141,7 @@ def prompt_cost(dense_config, method, vision_tokens: int, text_tokens: int) -> t
         flops = accounting.prefill_flops(config, vision_tokens, text_tokens).decoder
         return flops, sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
     arguments = (dense_config, method, vision_tokens, text_tokens)
-    loads = baselines.prefill_loads(*arguments)
-    loads[-1] = replace(loads[-1], queries=1)
+    loads = accounting.read_one_token(baselines.prefill_loads(*arguments))
     flops = sum(accounting.layer_flops(dense_config.text_config, load) for load in loads)
     return flops + baselines.ranking_flops(*arguments), baselines.cache_bytes(*arguments)
 

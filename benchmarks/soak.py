@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Thousands of `generate` calls on the embedded model in one process: is memory flat, are answers constant?
+"""Thousands of requests to the embedded model in one process: is memory flat, are answers constant?
 
-The calls go round a fixed list of requests: prompts without, with one and with two images, ragged batches, padding on
+They go round a fixed list of requests: prompts without, with one and with two images, ragged batches, padding on
 either side, beams, samples, a static cache, and requests that are refused. Every call makes its inputs anew with the
 processor and seeds torch. The tokens of a request must be those of its first time; over the second half of the run,
-neither the resident memory nor the number of objects that Python's collector follows may have a slope.
+neither the resident memory nor the number of objects that Python's collector follows may grow by more than a limit.
 
 Memory is judged after garbage is collected and what the allocator has free is given back to the system (glibc's
 `malloc_trim`): then what grows is held, and not kept for later. A slope is Theil and Sen's, the median over all pairs
@@ -205,7 +205,7 @@ def draw(path: Path, soak: Soak, slopes: dict[str, tuple[float, float, float]]) 
     axes.axvspan(0, soak.calls[int(len(soak.calls) * WARM_UP)], color="#eeeeee", label="warm-up, not judged")
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, soak.calls[-1])
-    axes.set_xlabel("calls of generate")
+    axes.set_xlabel("requests")
     axes.set_ylabel("resident memory, MiB")
     axes.set_title(
         f"{soak.calls[-1]:,} calls: {slopes['bytes_per_call'][0]:.0f} bytes and {slopes['objects_per_call'][0]:.3f} "
@@ -225,7 +225,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "exit codes: 0 flat and constant, 1 memory grows or answers differ, 2 wrong arguments\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--calls", type=int, default=10_032, help="default: %(default)s")
+    parser.add_argument("--calls", type=int, default=11_088, help="default: %(default)s, of which 10,080 generate")
     parser.add_argument(
         "--every",
         type=int,

@@ -9,10 +9,10 @@ Time and memory of a training step: the side branch of DPVR against LoRA on LLaV
     distill     the same, learning from the dense model, which runs in the same step
     cached-...  the two from cached features (`training/features.py`), read from disk: every epoch after the first
 
-Weights are random, frozen ones in `--dtype`, trained ones in fp32 under autocast, AdamW. A step is forward, backward,
-clipping and update; reading and decoding of pictures is not in it. Every measurement is a process of its own, and the
-kinds take turns, `--rounds` times. Memory is the peak less the frozen weights (on a CPU: and less what Python and its
-libraries take): trained weights, gradients, optimizer and activations.
+Weights are random, frozen ones in `--dtype`, trained ones in fp32 under autocast; fused AdamW, the Trainer's default.
+A step is forward, backward, clipping and update; reading and decoding of pictures is not in it. Every measurement is a
+process of its own, and the kinds take turns, `--rounds` times. Memory is the peak less the frozen weights (on a CPU:
+and less what Python and its libraries take): trained weights, gradients, optimizer and activations.
 
 With `--one-layer` all layers of the decoder have the same frozen weights in memory, so that all 32 fit where 27 GB do
 not. What is computed, and what it takes beyond the weights, is the same, and the 0.8 GB of a layer stay in no cache
@@ -178,7 +178,7 @@ def measure(kind: str, args) -> dict:
         if batches:
             next(batches)
         reset_peak(args)
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         seconds = [step(model, batches, batch, optimizer, trained, args) for _ in range(args.warmup + args.steps)]
     return {
         "seconds": seconds[args.warmup :],
