@@ -20,6 +20,10 @@ AUTO_MAP = {
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["dpvr"] = "DPVRForConditionalGeneration"
 
 
+# Decoders that are layers one after the other and a norm, and nothing else
+BACKBONES = ("llama", "mistral", "qwen2")
+
+
 class DPVRConfig(LlavaConfig):
     r"""
     Configuration of [`DPVRForConditionalGeneration`], a LLaVA whose vision tokens leave the decoder half way.
@@ -39,8 +43,9 @@ class DPVRConfig(LlavaConfig):
             `S..L-num_fusion_layers-1` are text-only.
 
     Raises:
-        ValueError: unless `1 <= saturation_layer <= num_hidden_layers - num_fusion_layers <= num_hidden_layers - 1`
-            and `num_side_layers >= 0`. The message names the field, its value and the range.
+        ValueError: unless `1 <= saturation_layer <= num_hidden_layers - num_fusion_layers <= num_hidden_layers - 1`,
+            `num_side_layers >= 0` and the text backbone is Llama, Mistral or Qwen2. The message names the field, its
+            value and the range.
 
     Example:
 
@@ -62,6 +67,11 @@ class DPVRConfig(LlavaConfig):
         for name in ("saturation_layer", "num_side_layers", "num_fusion_layers"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer.")
+        if self.text_config.model_type not in BACKBONES:
+            raise ValueError(
+                f"text_config.model_type={self.text_config.model_type!r} is none of {', '.join(BACKBONES)}: DPVR "
+                "calls the layers of a decoder one by one, and what others do between them would be left out."
+            )
         num_layers = self.text_config.num_hidden_layers
         if not 1 <= self.num_fusion_layers <= num_layers - 1:
             raise ValueError(

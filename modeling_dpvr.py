@@ -63,10 +63,6 @@ def warn_of_the_old_name(forward):
     return forward if CACHE == "past_key_values" else deprecate_kwarg("past_key_values", "5.40.0", CACHE)(forward)
 
 
-# Backbones whose keys are what `k_proj` and the rotation make of a hidden state, nothing else
-PLAIN_KEYS = ("llama", "mistral", "qwen2")
-
-
 @dataclass
 class Stream:
     """The tokens of one kind, vision or text, of each row, packed to the right.
@@ -190,6 +186,31 @@ class SlotLayer(DynamicLayer):
                 )
             if num_slots > num_kept:
                 layer.keys, layer.values = layer.keys[..., :num_kept, :], layer.values[..., :num_kept, :]
+
+
+class StaticStreamLayer(StaticLayer):
+    """`StreamLayer` of a static cache."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+
+class StaticSlotLayer(StaticLayer):
+    """`SlotLayer` of a static cache: nothing is cut off, the slots that no row needs any more are free again."""
+
+    def __init__(self, joint_layer: StaticLayer, stream_layers: list[StaticLayer]):
+        super().__init__(joint_layer.max_cache_len)
+        self.joint_layer = joint_layer
+        self.stream_layers = stream_layers
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self.keys.masked_fill_(self.keys > self.joint_layer.get_seq_length(), 0)
+        ends = torch.arange(1, self.max_cache_len + 1, device=self.keys.device)
+        num_kept = torch.where(self.keys.amax((0, 1, 3)) > 0, ends, 0).amax()
+        for layer in [self, *self.stream_layers]:
+            layer.cumulative_length.copy_(num_kept)  # in place, for compiled graphs
 
 
 @dataclass
@@ -337,7 +358,7 @@ def run_stream(
     return plan.stream.put(hidden_states, states)
 
 
-def can_read_last(decoder: nn.Module, layer: nn.Module, cache: Cache | None) -> bool:
+def can_read_last(layer: nn.Module, cache: Cache | None) -> bool:
     """Whether `layer` may get its tokens in two parts: first, for keys and values only, those nobody reads.
 
     Not where something else runs the layer's `forward` (weights that come and go with it, gradient checkpointing), and
@@ -349,7 +370,7 @@ def can_read_last(decoder: nn.Module, layer: nn.Module, cache: Cache | None) -> 
         type(cache.layers[layer.self_attn.layer_idx]) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
         and not cache.offloading
     )
-    return decoder.config.model_type in PLAIN_KEYS and is_plain and not is_wrapped and not is_checkpointed
+    return is_plain and not is_wrapped and not is_checkpointed
 
 
 def add_keys_and_values(layer: nn.Module, hidden_states: torch.Tensor, rotary: tuple, cache: Cache) -> None:
@@ -399,7 +420,7 @@ def route(
     hidden_states = run_stream(text_only_layers, hidden_states, text, **kwargs)
     hidden_states = run_stream(side_branch, hidden_states, vision, **kwargs)
     hidden_states = run_layers(fusion_layers[:-1], hidden_states, joint)
-    if 0 < num_read < hidden_states.shape[1] and can_read_last(decoder, fusion_layers[-1], call.cache):
+    if 0 < num_read < hidden_states.shape[1] and can_read_last(fusion_layers[-1], call.cache):
         hidden_states = read_last(decoder, fusion_layers[-1], hidden_states, call, num_read, **kwargs)
     else:
         hidden_states = run_layers(fusion_layers[-1:], hidden_states, joint)[:, -num_read:]  # -0 keeps all
@@ -418,6 +439,17 @@ def insert_image_features(
     """Puts image features `(number of vision tokens of the batch, D)` at the vision tokens of `(B, T, D)`."""
     is_vision = is_vision[..., None].to(inputs_embeds.device)
     return inputs_embeds.masked_scatter(is_vision, image_features.to(inputs_embeds.device, inputs_embeds.dtype))
+
+
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of `(B, T, D)` to compute logits for: `(B, K, D)`, by a 2D bool tensor `(number of True, D)`."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]  # -0 keeps all
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 def expand_outputs(
@@ -812,15 +844,22 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             )
         cache.routing = self._routing
         layers.extend(DynamicLayer() for _ in range(num_layers - len(layers)))
+        text_only = range(self.config.saturation_layer, self.config.first_fusion_layer)
         if isinstance(layers[0], StaticLayer):
-            layers.extend(StaticLayer(layers[0].max_cache_len) for _ in range(num_side_layers + 2))
+            length, slot_class = layers[0].max_cache_len, StaticSlotLayer
+            for i, layer in enumerate(layers):
+                if i in text_only:
+                    layers[i] = StaticStreamLayer(length)
+                elif layer.max_cache_len != length:  # one mask serves them all; none comes to the end of its window
+                    layers[i] = StaticLayer(length)
+            layers.extend(StaticStreamLayer(length) for _ in range(num_side_layers))
         else:
-            text_only = range(self.config.saturation_layer, self.config.first_fusion_layer)
+            slot_class = SlotLayer
             for i in text_only:
                 layers[i] = StreamLayer() if type(layers[i]) is DynamicLayer else layers[i]
             layers.extend(StreamLayer() for _ in range(num_side_layers))
-            layers.append(SlotLayer(layers[0], [layers[i] for i in text_only]))
-            layers.append(SlotLayer(layers[0], layers[num_layers : num_layers + num_side_layers]))
+        layers.append(slot_class(layers[0], [layers[i] for i in text_only]))
+        layers.append(slot_class(layers[0], layers[num_layers : num_layers + num_side_layers]))
 
     def _refuse_unsupported(
         self,
@@ -873,9 +912,9 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, *args, **kwargs) -> BaseModelOutputWithPooling:
         """Image features after the projector, as [`~transformers.LlavaModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, *args, **kwargs)
 
     @warn_of_the_old_name
     def forward(
@@ -911,8 +950,9 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             mm_token_type_ids: `(B, T)`, 1 at vision tokens, 0 at text. `DPVRProcessor` and `generate` give it. Needed
                 with `inputs_embeds`; with `input_ids` the image tokens tell, where images come with them.
             labels: `(B, T)`, -100 where no loss is wanted.
-            logits_to_keep: number of last positions (0: all), or their indices, to compute logits for. The last layer
-                computes nothing but keys and values for tokens before the last `logits_to_keep`.
+            logits_to_keep: number of last positions (0: all) to compute logits for; or their indices, `(K,)` for all
+                rows or `(B, K)`; or a bool mask `(B, T)`, whose logits come without a dimension of rows. The last
+                layer computes nothing but keys and values for tokens before the last `logits_to_keep`.
             mm_encoder_outputs: `{"image": outputs of get_image_features}` in place of `pixel_values`.
 
         Returns:
@@ -953,9 +993,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        # -0 keeps all
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -1041,6 +1079,16 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
                 "image tokens as it has features: let the processor expand <image>, and pass every image of the batch."
             )
         return mm_encoder_output
+
+    def _get_candidate_generator(
+        self, *args, model_kwargs: dict, assistant_model: PreTrainedModel | None = None, **kwargs
+    ):
+        """As in transformers, which gives an assistant all arguments: only a DPVR takes `mm_token_type_ids`."""
+        if assistant_model is not None and assistant_model.config.model_type != self.config.model_type:
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mm_token_type_ids"}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         """A cache that ends with this call of `generate`, its prompt read in one piece, sees no later image."""

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
+from configuration_dpvr import BACKBONES
 from processing_dpvr import DPVRProcessor
 from read_weights import (
     ConversionError,
@@ -43,7 +44,6 @@ from read_weights import (
     tensors_of_folder,
 )
 
-BACKBONES = ("llama", "mistral", "qwen2")
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ORIGINAL_BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 NAMES = [  # the first pattern that matches a weight's name says what becomes of it; None drops it

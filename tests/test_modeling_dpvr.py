@@ -30,13 +30,15 @@ from tiny import (
 )
 from transformers import (
     DynamicCache,
+    GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
     StaticCache,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 TOLERANCE = 1e-4
 RAGGED = ["ttItt", "tttt", "ItIt", "I", "ttI", "t"]
@@ -377,9 +379,13 @@ def test_a_second_call_and_a_second_model_change_nothing(model):
     assert torch.equal(model(**batch).logits, first)
 
 
+cache_kinds = ["dynamic", *(["static"] if hasattr(StaticLayer, "crop") else [])]  # since transformers 5.24
+
+
+@pytest.mark.parametrize("kind", cache_kinds)
 @settings(max_examples=60)
 @given(data=st.data(), rows=rows_of_a_batch, side=sides, seed=st.integers(0, 9))
-def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(model, data, rows, side, seed):
+def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(model, kind, data, rows, side, seed):
     """Also through images and padding, and again after a second crop."""
     batch = make_batch(rows, side, seed)
     width = batch["input_ids"].shape[1]
@@ -398,7 +404,8 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(model, data, ro
                 past_key_values=cache,
             ).logits
 
-        cache = DynamicCache(config=model.config)
+        static = {"config": model.config.text_config, "max_cache_len": width + 2}
+        cache = StaticCache(**static) if kind == "static" else DynamicCache(config=model.config)
         expected = call(0, width, cache)
         for _ in range(2):
             kept = data.draw(st.integers(0, width - 1))
@@ -407,6 +414,26 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(model, data, ro
             actual, is_token = call(kept, width, cache), batch["attention_mask"][:, kept:].bool()
             if is_token.any():
                 assert_close(actual[is_token], expected[:, kept:][is_token])
+
+
+@pytest.mark.parametrize("kind", cache_kinds)
+@pytest.mark.parametrize("num_side_layers", [0, 1])
+def test_an_image_after_a_crop_sees_nothing_of_what_was_cropped(kind, num_side_layers):
+    model = make_dpvr(num_side_layers=num_side_layers)
+
+    def logits(texts):
+        static = {"config": model.config.text_config, "max_cache_len": 40}
+        cache = StaticCache(**static) if kind == "static" else DynamicCache()
+        model(**without(make_batch(["ttIt"]), "attention_mask"), past_key_values=cache)
+        for text in texts:
+            model(input_ids=text, past_key_values=cache)
+            cache.crop(-text.shape[1])
+        image = model(**without(make_batch(["ItI"], seed=1), "attention_mask"), past_key_values=cache)
+        return torch.cat([image.logits, model(input_ids=torch.tensor([[9]]), past_key_values=cache).logits], 1)
+
+    with torch.no_grad():
+        cropped = logits([torch.tensor([[20, 21, 22, 23]]), torch.tensor([[30, 31]])])
+        assert_close(cropped, logits([]))
 
 
 def test_a_crop_of_generated_tokens_frees_their_slots(model):
@@ -515,11 +542,12 @@ def test_a_prompt_longer_than_the_sliding_window_is_refused():
         ({"num_fusion_layers": 6}, "num_fusion_layers=6 must be between 1 and 5"),
         ({"num_side_layers": -1}, "num_side_layers=-1 must be at least 0"),
         ({"saturation_layer": "2"}, "saturation_layer='2' must be an integer"),
+        ({"text_config": text_config(GraniteConfig)}, "text_config.model_type='granite' is none of llama, mistral"),
     ],
 )
-def test_a_geometry_out_of_range_is_refused_by_its_field(fields, message):
+def test_a_config_that_cannot_be_routed_is_refused_by_its_field(fields, message):
     with pytest.raises(ValueError, match=message):
-        DPVRConfig(text_config=text_config(), **{"saturation_layer": 2, **fields})
+        DPVRConfig(**{"text_config": text_config(), "saturation_layer": 2, **fields})
 
 
 def test_the_default_configuration_is_llava_7b_with_the_papers_layers():
@@ -584,6 +612,17 @@ def test_logits_to_keep_and_tuples_are_as_in_llava(model):
     assert torch.equal(model(**batch, return_dict=False)[0], logits)
     hidden = model.model(**batch, return_dict=False)[0]
     assert torch.equal(model.lm_head(hidden), logits)
+
+
+def test_positions_of_each_row_and_masks_of_logits_are_as_in_llava(model):
+    batch = make_batch(["ttItt", "ttI"])
+    logits, mask = model(**batch).logits, torch.zeros_like(batch["input_ids"]).bool()
+    positions = torch.tensor([[0, 3], [2, 5]])
+    mask[0, 3] = mask[1, 5] = mask[1, 6] = True
+    expected = torch.stack([logits[0, [0, 3]], logits[1, [2, 5]]])
+    assert_close(model(**batch, logits_to_keep=positions).logits, expected)
+    assert_close(model(**batch, logits_to_keep=mask).logits, logits[mask])
+    assert_close(model(**batch, logits_to_keep=mask[0]).logits, logits[:, mask[0]])
 
 
 def test_a_cache_by_its_old_name_is_taken_with_llavas_warning(model):
@@ -797,6 +836,18 @@ def test_greedy_generation_gives_the_tokens_of_the_plain_loop(generator, options
     assert torch.equal(generate(generator, without(batch, "mm_token_type_ids"), **options), expected)
 
 
+@pytest.mark.parametrize("first_sliding_layer", [0, 3])
+def test_a_static_cache_longer_than_the_window_of_some_layers_gives_the_tokens_of_the_plain_loop(first_sliding_layer):
+    layer_types = ["sliding_attention" if i >= first_sliding_layer else "full_attention" for i in range(NUM_LAYERS)]
+    if first_sliding_layer == 0:
+        layer_types[-2:] = ["full_attention"] * 2
+    text = text_config(Qwen2Config, use_sliding_window=True, sliding_window=32, layer_types=layer_types)
+    model, batch = make_dpvr(text=text), make_batch(["ttItItt", "tt"])
+    model.generation_config.eos_token_id = None
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    assert torch.equal(generate(model, batch, past_key_values=cache), plain_loop(model, batch))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -823,6 +874,12 @@ def test_assisted_decoding_gives_the_tokens_of_the_plain_loop(generator, row):
     for assistant in (other, same_backbone, generator):
         assert torch.equal(generate(generator, batch, assistant_model=assistant), expected)
     assert torch.equal(generate(generator, batch, prompt_lookup_num_tokens=3), expected)
+
+
+@pytest.mark.parametrize("assistant", [make_llava(3), LlamaForCausalLM(text_config()).eval()], ids=["llava", "text"])
+def test_assistants_that_know_no_kinds_of_tokens_give_the_tokens_of_the_plain_loop(generator, assistant):
+    batch = make_batch(["ttItttt"])
+    assert torch.equal(generate(generator, batch, assistant_model=assistant), plain_loop(generator, batch))
 
 
 def test_dpvr_assists_llava_with_the_images_that_llava_encoded():

@@ -263,7 +263,7 @@ class StagedModel(nn.Module):
         decoder = self.core.language_model
         is_sharded = any(isinstance(weight, DTensor) for weight in layer.parameters())
         takes_masks = decoder.config._attn_implementation in ("sdpa", "eager")
-        return takes_masks and not is_sharded and self.code.can_read_last(decoder, layer, None)
+        return takes_masks and not is_sharded and self.code.can_read_last(layer, None)
 
     def read(
         self,
