@@ -10,6 +10,7 @@ and lists of bad rows stay where they are.
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -62,10 +63,12 @@ def _check_checkpoint(folder: Path) -> None:
 
 
 def make_card_files(folder: Path, target: Path, name: str, is_adapter: bool, subfolder: str | None) -> list[Path]:
-    """Model card and loss plot, written to `target`. A card that the folder has is taken as it is."""
-    if (folder / CARD_FILE).is_file():
-        return [path for path in (folder / CARD_FILE, folder / PLOT_FILE) if path.is_file()]
+    """Model card and loss plot, written to `target`. A card that somebody wrote is taken as it is; one that training
+    wrote names its folder, and is made anew."""
     run = json.loads((folder / RUN_FILE).read_text()) if (folder / RUN_FILE).is_file() else {}
+    card, plot = folder / CARD_FILE, folder / PLOT_FILE
+    if card.is_file() and not is_made_by_training(card.read_text(encoding="utf-8"), run, plot.is_file()):
+        return [path for path in (card, plot) if path.is_file()]
     if is_adapter:
         stated, _ = read_header(folder / WEIGHTS_FILE)
         known = {"base_model", "base_type", "saturation_layer"} & stated.keys()
@@ -76,6 +79,11 @@ def make_card_files(folder: Path, target: Path, name: str, is_adapter: bool, sub
     card = make_card(run, name, is_adapter=is_adapter, subfolder=subfolder, has_plot=has_plot)
     (target / CARD_FILE).write_text(card, encoding="utf-8")
     return [target / CARD_FILE, *([target / PLOT_FILE] if has_plot else [])]
+
+
+def is_made_by_training(card: str, run: dict, has_plot: bool) -> bool:
+    title = re.search(r"^# (.+)$", card, re.MULTILINE)
+    return title is not None and card == make_card(run, title[1], has_plot=has_plot)
 
 
 def push_to_hub(

@@ -81,8 +81,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     options, rest = parser.parse_known_args(arguments)
     trainer_parser = HfArgumentParser(TrainingArguments, prog=parser.prog, add_help=False)
     trainer_parser.set_defaults(**DEFAULTS, report_to="tensorboard" if is_installed("tensorboard") else "none")
-    if "--eval_strategy" not in rest and (options.eval_data or options.eval_rows):
-        rest += ["--eval_strategy", "steps"]
+    if options.eval_data or options.eval_rows:
+        rest = ["--eval_strategy", "steps", *rest]  # the last one given counts
     rest += ["--output_dir", str(options.output), "--remove_unused_columns", "False", "--label_names", "labels"]
     rest += ["--ddp_find_unused_parameters", "False", "--prediction_loss_only", "True"]
     (training_arguments,) = trainer_parser.parse_args_into_dataclasses(rest)
@@ -90,6 +90,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(
             f"--output {options.output} holds checkpoints of an earlier run: pass --resume, or another folder"
         )
+    if training_arguments.label_smoothing_factor:
+        parser.error("--label_smoothing_factor is for the Trainer's own loss; here the loss is that of --loss")
     return options, training_arguments
 
 
@@ -113,6 +115,11 @@ def load(options: argparse.Namespace, arguments: TrainingArguments):
     else:
         model = from_llava(options.model, saturation_layer=options.saturation_layer, dtype=dtype)
         processor = processor_from_llava(options.model)
+    if model.dtype != torch.float32 and not (arguments.bf16 or arguments.fp16):
+        raise ValueError(
+            f"--dtype {options.dtype}: the frozen weights are {model.dtype}, but what trains is float32. Pass --bf16 "
+            "or --fp16 as well, so that both compute in one type, or leave --dtype out."
+        )
     return model.to(arguments.device), processor
 
 
@@ -159,15 +166,17 @@ def trained_parts(options: argparse.Namespace, num_side_layers: int) -> str:
     return " and ".join(parts)
 
 
-def record_of(options, arguments: TrainingArguments, trainer, model, sizes: dict, seconds: float) -> dict:
+def record_of(options, arguments: TrainingArguments, trainer, model, data, seconds: float) -> dict:
     """What a model card and a reader need to know of the run. No path of this machine."""
     trained, total, _ = count_trainable(model)
     history = trainer.state.log_history
     return {
-        "base_model": options.base or (Path(options.model).name if Path(options.model).is_dir() else options.model),
+        "base_model": options.base
+        or (Path(options.model).resolve().name if Path(options.model).is_dir() else options.model),
         "base_type": "llava" if options.from_llava else "dpvr",
         "data": options.data.name,
-        **sizes,
+        "rows": data.num_rows(),
+        "bad_rows": data.bad_rows.summary().split(", listed")[0],
         "loss": options.loss,
         "trains": trained_parts(options, model.config.num_side_layers),
         "saturation_layer": model.config.saturation_layer,
@@ -204,19 +213,17 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         print(count_trainable(model)[2], flush=True)
     with arguments.main_process_first():
         data, evaluation = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
-    bad_rows, sizes = data.bad_rows, {"rows": len(data)}
-    collate = Collator(processor.tokenizer.pad_token_id)
+    rows, collate = data, Collator(processor.tokenizer.pad_token_id)
     if options.cache_features:
-        data = cached(options.cache_features / "train", model, data, arguments)
+        rows = cached(options.cache_features / "train", model, data, arguments)
         evaluation = evaluation and cached(options.cache_features / "eval", model, evaluation, arguments)
         collate = collate_rows
-    trainer = SideBranchTrainer(model, arguments, collate, train_dataset=data, eval_dataset=evaluation)
+    trainer = SideBranchTrainer(model, arguments, collate, train_dataset=rows, eval_dataset=evaluation)
     begin = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if evaluation is not None:
         trainer.evaluate()
-    record = record_of(options, arguments, trainer, model, sizes, time.monotonic() - begin)
-    record["bad_rows"] = bad_rows.summary().split(", listed")[0]
+    record = record_of(options, arguments, trainer, model, data, time.monotonic() - begin)
     finish(options, trainer, model, record)
     return record
 

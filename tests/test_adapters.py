@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import NUM_LAYERS, DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
@@ -159,12 +159,25 @@ def test_what_cannot_hold_a_side_branch_is_refused():
 
     with pytest.raises(AdapterError, match="PromptTuningConfig cannot save the side branch"):
         add_adapter(make_base(), PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(AdapterError, match="bias='all' trains biases of the base model itself"):
+        add_adapter(make_base(), LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
     with pytest.raises(AdapterError, match="lora='all' is neither"):
         add_adapter(make_base(), "all")
     with pytest.raises(AdapterError, match="LlavaForConditionalGeneration .* is no DPVR"):
         add_adapter(make_llava())
     with pytest.raises(AdapterError, match="lora and whole_fusion are both given"):
         add_adapter(make_base(), "fusion", whole_fusion=True)
+
+
+def test_a_tuner_that_peft_cannot_merge_beside_a_side_branch_says_so_and_loads_unmerged(tmp_path):
+    config = IA3Config(target_modules=r".*language_model.*(k|v|down)_proj", feedforward_modules=[r".*down_proj"])
+    model = add_adapter(make_base(), config)
+    expected = train(model, 0)
+    save_adapter(model, tmp_path, BASE)
+    loaded = load_adapter(make_base(), tmp_path)
+    assert torch.equal(logits(loaded.eval()), expected)
+    with pytest.raises(AdapterError, match="PEFT cannot merge a IA3Config beside a side branch. Use load_adapter"):
+        merge_adapter(loaded)
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -68,6 +68,7 @@ def folders(tmp_path_factory):
             weight.data.normal_(0, 0.1, generator=generator)
     save_adapter(model, path / "adapter", "org/dpvr")
     (path / "adapter" / "training.json").write_text(json.dumps(RUN))
+    (path / "adapter" / "README.md").write_text(make_card(RUN, "adapter"))  # as training writes it
     (path / "adapter" / "bad_rows.jsonl").write_text("private")
     (path / "adapter" / "checkpoint-10").mkdir()
     return path
@@ -139,6 +140,18 @@ def test_a_checkpoint_and_an_adapter_are_pushed_whole_each_in_one_commit(folders
     assert files["adapter_model.safetensors"] == (folders / "adapter" / "adapter_model.safetensors").read_bytes()
     assert len(hub.commits["org/adapter"]) == 2  # the empty repository, and one more
     assert {f"adapters/a/{name}" for name in files} <= set(hub.files("org/dpvr"))
+    assert files["README.md"].decode() == make_card(RUN, "org/adapter", has_plot=True)
+    inside = make_card(RUN, "org/dpvr", subfolder="adapters/a", has_plot=True)
+    assert hub.files("org/dpvr")["adapters/a/README.md"].decode() == inside
+
+
+def test_a_card_that_somebody_wrote_is_pushed_as_it_is(folders, tmp_path):
+    from scripts.push_to_hub import make_card_files
+
+    shutil.copytree(folders / "adapter", tmp_path / "adapter")
+    card = tmp_path / "adapter" / "README.md"
+    card.write_text(card.read_text() + "By hand.\n")
+    assert make_card_files(tmp_path / "adapter", tmp_path, "org/x", True, None) == [card]
 
 
 def test_an_adapter_beside_a_checkpoint_is_refused_at_the_root_and_taken_in_a_subfolder(pushed):

@@ -119,6 +119,8 @@ def _with_side_branch(config: PeftConfig, num_side_layers: int) -> PeftConfig:
     """A copy of a user's config that trains the side branch, if there is one, whole and puts nothing else into it."""
     if not {"modules_to_save", "exclude_modules"} <= set(config.to_dict()):
         raise AdapterError(f"{type(config).__name__} cannot save the side branch: it takes no modules_to_save.")
+    if (bias := getattr(config, "bias", "none")) != "none":
+        raise AdapterError(f"bias={bias!r} trains biases of the base model itself, which must stay as it is.")
     config = copy.deepcopy(config)
     config.inference_mode = False  # as one that was read from a folder says
     if num_side_layers == 0:
@@ -454,7 +456,13 @@ def merge_adapter(model: PeftModel, name: str | None = None) -> PreTrainedModel:
     dtype = _backbone_dtype(model)
     if name is not None:
         model.set_adapter(name, inference_mode=True)
-    merged = model.merge_and_unload()
+    kind = type(model.peft_config[model.active_adapter]).__name__
+    try:
+        merged = model.merge_and_unload()
+    except AttributeError as error:  # of tuners whose merging forgets modules_to_save
+        raise AdapterError(
+            f"PEFT cannot merge a {kind} beside a side branch. Use load_adapter, without merging."
+        ) from error
     merged.model.side_branch.to(dtype)
     for layer in merged.model.language_model.layers[merged.config.first_fusion_layer :]:
         for weight in layer.parameters():

@@ -14,6 +14,7 @@ As in LLaVA, the images of a message come before its text. A row that cannot be 
 middle of a run: it is reported once, with its reason, to `bad_rows.jsonl`, and the next good row takes its place.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -38,7 +39,10 @@ REASONS = (
     "too long",
     "template",
     "refused by the processor",
+    "malformed",
 )
+MAX_DETAIL = 500  # characters, for some rows hold a picture where its name should be
+IMAGE_WORDS = 128  # that an image counts for where rows are grouped by length, as in LLaVA
 
 
 class BadRowError(ValueError):
@@ -47,6 +51,17 @@ class BadRowError(ValueError):
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+
+
+@contextlib.contextmanager
+def as_bad_row():
+    """What else a row of an unforeseen shape may raise is that row's fault too, and no reason to end a run."""
+    try:
+        yield
+    except BadRowError:
+        raise
+    except Exception as error:
+        raise BadRowError("malformed", f"{type(error).__name__}: {error}") from error
 
 
 # --- sources
@@ -65,7 +80,7 @@ def read_rows(source: Path):
     if source.is_dir() or source.suffix not in (".json", ".jsonl"):
         return read_datasets(source)
     try:
-        with source.open(encoding="utf-8") as file:
+        with source.open(encoding="utf-8-sig") as file:
             rows = (
                 [json.loads(line) for line in file if line.strip()] if source.suffix == ".jsonl" else json.load(file)
             )
@@ -122,7 +137,9 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
     images = images if isinstance(images, list) else [images]
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if images and not parts and "messages" in row:  # TRL's convention: unplaced images open the conversation
-        first = next(message for message in messages if message["role"] == "user")
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise BadRowError("no conversation", "images, but no turn of the user")
         first["content"][:0] = [{"type": "image"} for _ in images]
     elif len(parts) != len(images):
         raise BadRowError("image count", f"{len(parts)} {IMAGE} in the conversation, {len(images)} images")
@@ -131,19 +148,30 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
 
 def read_turn(turn: dict, number: int) -> dict:
     """A turn of either format as a chat message whose content is its images, then one text."""
-    role = ROLES.get(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else None
+    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    role = ROLES.get(role) if isinstance(role, str) else None
     content = turn.get("value", turn.get("content")) if role else None
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise BadRowError("no conversation", f"turn {number} has no role or no text")
     texts = [part.get("text") or "" for part in content if part.get("type") == "text"]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRowError("no conversation", f"turn {number} has a text that is no string")
     num_images = sum(part.get("type") in ("image", "image_url") for part in content)
     num_images += sum(text.count(IMAGE) for text in texts)
     if num_images and role != "user":
         raise BadRowError("image count", f"turn {number}, of the {role}, holds {IMAGE}")
     text = " ".join(text.replace(IMAGE, "").strip() for text in texts).strip()
     return {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is one; a name may be too long or hold what no name can."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def open_image(image, folder: Path) -> Image.Image:
@@ -154,7 +182,7 @@ def open_image(image, folder: Path) -> Image.Image:
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
-    if isinstance(image, str) and not (folder / image).is_file():
+    if isinstance(image, str) and not is_file(folder / image):
         raise BadRowError("missing image", str(image))
     try:
         if isinstance(image, str):
@@ -199,7 +227,12 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
     Raises:
         BadRowError: it has more than `max_length` tokens, or the template cannot be followed.
     """
-    text, spans = answer_spans(processor, messages)
+    try:
+        text, spans = answer_spans(processor, messages)
+    except BadRowError:
+        raise
+    except ValueError as error:  # turns in an order that it does not take
+        raise BadRowError("template", str(error)) from error
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
     short = tokenizer(text, return_offsets_mapping=True)  # one token for each image, as yet
     is_answer = torch.tensor([any(a <= i and j <= b and i < j for a, b in spans) for i, j in short["offset_mapping"]])
@@ -251,16 +284,30 @@ class BadRows:
             return
         self.seen.add(number)
         name = row.get("id") if isinstance(row, dict) else None
-        line = {"row": number, "id": name, "reason": error.reason, "detail": error.detail}
+        self._append({"row": number, "id": name, "reason": error.reason, "detail": error.detail[:MAX_DETAIL]})
+
+    def add_all(self, other: "BadRows") -> None:
+        """Those of another file that are not in this one."""
+        for line in other.lines():
+            if line["row"] not in self.seen:
+                self.seen.add(line["row"])
+                self._append(line)
+
+    def _append(self, line: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def lines(self) -> list[dict]:
+        """What the file holds, but for lines that a full disk or a kill has cut off."""
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+        return [line for line in lines if isinstance(line, dict) and "row" in line]
+
     def reasons(self) -> dict[int, str]:
         """Reason by number of the row."""
-        if not self.path.exists():
-            return {}
-        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-        return {line["row"]: line["reason"] for line in lines}
+        return {line["row"]: line["reason"] for line in self.lines()}
 
     def summary(self) -> str:
         counts = Counter(self.reasons().values())
@@ -292,18 +339,19 @@ class ConversationDataset(Dataset):
         self.good = []
         for number in tqdm(range(len(rows)), desc="checking rows", mininterval=1, disable=None):
             try:
-                self.check(rows[number])
+                self.check(number)
                 self.good.append(number)
             except BadRowError as error:
                 bad_rows.add(number, rows[number], error)
         if not self.good:
             raise ValueError(f"None of {len(rows)} rows can be trained on: {bad_rows.summary()}.")
 
-    def check(self, row: dict) -> None:
-        _, images = read_conversation(row)
+    @as_bad_row()
+    def check(self, number: int) -> None:
+        _, images = read_conversation(self.rows[number])
         for image in images:
             path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
-            if isinstance(path, str) and not (self.folder / path).is_file():
+            if isinstance(path, str) and not is_file(self.folder / path):
                 raise BadRowError("missing image", path)
 
     def hold_back(self, num_rows: int) -> "ConversationDataset":
@@ -321,6 +369,21 @@ class ConversationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.good)
 
+    def lengths(self) -> list[int]:
+        """About how long each row is, from its words and the number of its images, as LLaVA has it: to group rows of
+        like length, which need not be loaded for it."""
+        lengths = []
+        for number in self.good:
+            messages, images = read_conversation(self.rows[number])
+            lengths.append(sum(len(message["content"][-1]["text"].split()) for message in messages))
+            lengths[-1] += IMAGE_WORDS * len(images)
+        return lengths
+
+    def num_rows(self) -> int:
+        """Rows that turned out good so far."""
+        return len(set(self.good) - self.bad_rows.reasons().keys())
+
+    @as_bad_row()
     def load(self, number: int) -> dict[str, torch.Tensor]:
         """Row `number` of the source, encoded.
 
@@ -332,6 +395,8 @@ class ConversationDataset(Dataset):
         return encode(self.processor, messages, opened, self.max_length)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # which ends a loop over the rows
         for step in range(len(self.good)):
             number = self.good[(index + step) % len(self.good)]
             if number in self.bad_rows.seen:

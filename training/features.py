@@ -6,6 +6,7 @@ The results of a model's frozen part, on disk: computed once, read in every late
     DIR/index.json                      what the features were made from, and how many rows a shard takes
     DIR/features-00000.safetensors      rows 0 .. R-1 of the data, one after the other, without padding
     DIR/features-00001.safetensors      ...
+    DIR/bad_rows.jsonl                  the rows that turned out bad, and are in no shard
 
 A shard is there in full or not at all, so whatever stopped a run, the next goes on with the shards that lack. Rotary
 positions and masks follow from the lengths, and are not stored; nor are the dense model's logits, which its final
@@ -18,20 +19,21 @@ import json
 import os
 import shutil
 from bisect import bisect_right
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from training.adapters import base_state
-from training.data import BadRowError, Collator, ConversationDataset
+from training.data import BadRowError, BadRows, Collator, ConversationDataset
 from training.staged import IGNORED, StagedModel, split_rows
 
-INDEX = "index.json"
+INDEX, BAD_ROWS = "index.json", "bad_rows.jsonl"
 SHARD_BYTES = 512 * 2**20
 SAMPLED_ROWS = 32  # whose sizes foretell that of all
 SAMPLED_VALUES = 64  # of each weight, for the fingerprint
@@ -182,10 +184,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 class _Loaded(Dataset):
-    """Rows of a `ConversationDataset`, None in the place of a bad one."""
+    """Rows of a `ConversationDataset`, None in the place of a bad one, which is reported to `bad_rows`."""
 
-    def __init__(self, dataset: ConversationDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: ConversationDataset, bad_rows: BadRows):
+        self.dataset, self.bad_rows = dataset, bad_rows
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -195,7 +197,7 @@ class _Loaded(Dataset):
         try:
             return self.dataset.load(number)
         except BadRowError as error:
-            self.dataset.bad_rows.add(number, self.dataset.rows[number], error)
+            self.bad_rows.add(number, self.dataset.rows[number], error)
             return None
 
 
@@ -231,7 +233,8 @@ def cache_features(
     dtype = dtype or model.core.language_model.norm.weight.dtype
     expected = fingerprint(model, dataset, dtype)
     index = open_index(folder, expected, estimate_row(model, dataset, dtype), len(dataset), rank == 0)
-    loaded, collate = _Loaded(dataset), Collator(dataset.processor.tokenizer.pad_token_id)
+    bad_rows = BadRows(folder / BAD_ROWS, fresh=False)
+    loaded, collate = _Loaded(dataset, bad_rows), Collator(dataset.processor.tokenizer.pad_token_id)
     shards = [s for s in range(rank, num_shards(index), world_size) if not shard_path(folder, s).exists()]
     spans = [range(s * index["rows_per_shard"], min((s + 1) * index["rows_per_shard"], len(loaded))) for s in shards]
     device = model.core.language_model.norm.weight.device
@@ -240,6 +243,8 @@ def cache_features(
     is_mixed = dtype != torch.float32  # as the Trainer has it, which may hold frozen weights of this dtype too
     with tqdm(total=sum(map(len, spans)), desc="computing features", mininterval=1, disable=rank > 0) as bar:
         for shard, span in zip(shards, spans, strict=True):
+            for left in folder.glob(f".{shard_path(folder, shard).name}.*"):  # by a process that was killed
+                left.unlink()
             rows = []
             loader = DataLoader(
                 Subset(loaded, span), batch_size, collate_fn=_without_bad_rows(collate), num_workers=num_workers
@@ -253,6 +258,7 @@ def cache_features(
                 bar.update(size)
             write_whole(shard_path(folder, shard), save(pack_rows(rows, dtype, model.config.text_config.hidden_size)))
     model.train(was_training)
+    dataset.bad_rows.add_all(bad_rows)
     return folder
 
 
@@ -288,7 +294,7 @@ class CachedFeatures(Dataset):
     """Rows of a folder that `cache_features` filled, for `collate_rows`. Nothing is in memory but what is asked for.
 
     Raises:
-        CacheError: shards are missing.
+        CacheError: shards are missing or broken.
     """
 
     def __init__(self, folder: str | Path):
@@ -300,14 +306,23 @@ class CachedFeatures(Dataset):
             raise CacheError(f"{self.folder} lacks {len(missing)} of {len(self.paths)} shards, {missing[0]} first.")
         self.tokens, self.answers, self.starts = [], [], [0]
         for path in self.paths:
-            with safe_open(path, framework="pt") as file:
-                self.tokens.append(_ends(file.get_tensor("tokens")))
-                self.answers.append(_ends(file.get_tensor("answers")))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.tokens.append(_ends(file.get_tensor("tokens")))
+                    self.answers.append(_ends(file.get_tensor("answers")))
+            except SafetensorError as error:
+                raise CacheError(
+                    f"{path} cannot be read: {error}. Delete it: the same command computes it anew."
+                ) from error
             self.starts.append(self.starts[-1] + len(self.tokens[-1]) - 1)
         self.files = {}
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [end - start for ends in self.tokens for start, end in pairwise(ends)]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "files": {}}  # a process that loads data opens its own

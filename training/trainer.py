@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from training.adapters import describe
 
 TRAINED_WEIGHTS = "trained.safetensors"
 
@@ -57,6 +60,32 @@ class SideBranchTrainer(Trainer):
     The Trainer itself would write the whole model, 14 GB for 7B, into each checkpoint.
     """
 
+    def _get_train_sampler(self, train_dataset=None):
+        """Rows are grouped by the lengths that the dataset tells; the Trainer would load them all to see."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch_size, lengths=dataset.lengths())
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """As the Trainer does.
+
+        Raises:
+            OSError: the disk is full, or refuses. `last_checkpoint` passes by what was written.
+        """
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have no type for a full disk
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} cannot be written below {self.args.output_dir}: "
+                f"{error}. Those before it are kept: make room and go on with --resume."
+            ) from error
+
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint was trained for."""
+        return {**describe(self.model.config), "loss": self.model.loss}
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         weights = {}
         for name, weight in trainable(self.model).items():  # every process: a sharded weight is gathered from all
@@ -65,7 +94,7 @@ class SideBranchTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, folder / TRAINED_WEIGHTS, {"format": "pt"})
+            save_file(weights, folder / TRAINED_WEIGHTS, {"format": "pt", **self._identity()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
@@ -78,6 +107,13 @@ class SideBranchTrainer(Trainer):
                     f"{path} holds {len(stored)} weights, but {len(expected)} train in this run; {differing[0]} is in "
                     "only one of the two. Resume with the --lora or --peft-config that the run began with."
                 )
+            stated = file.metadata()
+            for field, value in self._identity().items():
+                if stated.get(field, value) != value:
+                    raise ValueError(
+                        f"{path} was trained with {field}={stated[field]}, but this run has {value}. Resume with the "
+                        "options that the run began with, or train into another folder."
+                    )
             with torch.no_grad():
                 for name, weight in expected.items():
                     value = file.get_tensor(name).to(weight.device, weight.dtype)
