@@ -18,7 +18,7 @@ Runs are interleaved: every repetition measures each method once, after one roun
 
 Times are medians with the 10th and 90th percentile, and ratios are medians of ratios within a repetition; only that of
 decoding, which a CPU measures in one repetition, is a ratio of medians. Beside them stands the ratio of decoder FLOPs
-(`accounting.py`, `baselines.py`), which a machine bound by arithmetic would show. On a GPU, times are taken by CUDA events.
+(`accounting.py`, `baselines.py`), which a machine bound by arithmetic shows. On a GPU, CUDA events take the times.
 
 With `--one-layer` all layers of the decoder have the same weights in memory, so that LLaVA-1.5-7B in fp32 fits where
 27 GB do not. What is computed is the same, and the 0.8 GB of a layer stay in no cache from one to the next.

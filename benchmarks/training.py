@@ -12,7 +12,9 @@ Time and memory of a training step: the side branch of DPVR against LoRA on LLaV
 Weights are random, frozen ones in `--dtype`, trained ones in fp32 under autocast; fused AdamW, the Trainer's default.
 A step is forward, backward, clipping and update; reading and decoding of pictures is not in it. Every measurement is a
 process of its own, and the kinds take turns, `--rounds` times. Memory is the peak less the frozen weights (on a CPU:
-and less what Python and its libraries take): trained weights, gradients, optimizer and activations.
+and less what Python and its libraries take): trained weights, gradients, optimizer and activations. FLOPs are those
+that torch's counter counts in the first step, forward and backward: beside a ratio of times stands what a machine that
+arithmetic alone holds up would show.
 
 With `--one-layer` all layers of the decoder have the same frozen weights in memory, so that all 32 fit where 27 GB do
 not. What is computed, and what it takes beyond the weights, is the same, and the 0.8 GB of a layer stay in no cache
@@ -35,6 +37,7 @@ import psutil
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
@@ -179,9 +182,12 @@ def measure(kind: str, args) -> dict:
             next(batches)
         reset_peak(args)
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        with FlopCounterMode(display=False) as counter:
+            step(model, batches, batch, optimizer, trained, args)
         seconds = [step(model, batches, batch, optimizer, trained, args) for _ in range(args.warmup + args.steps)]
     return {
         "seconds": seconds[args.warmup :],
+        "flops": counter.get_total_flops(),
         "bytes_beyond_weights": peak_bytes(args) - before - frozen,
         "frozen_bytes": frozen,
         "trained_parameters": sum(weight.numel() for weight in trained),
@@ -214,51 +220,58 @@ def in_child(kind: str, arguments: list[str]) -> dict:
 
 
 def summarize(runs: dict[str, list[dict]]) -> dict:
-    """Medians of each kind, and what they are to LoRA."""
+    """Medians of each kind, and what they are to LoRA, as `[measured, by FLOPs]`; memory without the latter."""
     kinds = {}
     for kind, results in runs.items():
         kinds[kind] = {
             "seconds": statistics.median(value for result in results for value in result["seconds"]),
             "seconds_range": [f(value for result in results for value in result["seconds"]) for f in (min, max)],
+            "flops": results[0]["flops"],
             "bytes_beyond_weights": statistics.median(result["bytes_beyond_weights"] for result in results),
             "frozen_bytes": results[0]["frozen_bytes"],
             "trained_parameters": results[0]["trained_parameters"],
         }
+
+    def ratio(kind: str, other: str, *fields: str) -> list[float]:
+        return [kinds[kind][field] / kinds[other][field] for field in fields]
+
     ratios = {}
     for kind in kinds:
         if "lora" in kinds and kind in ("answer", "distill"):
-            ratios[f"{kind} to lora, time"] = kinds[kind]["seconds"] / kinds["lora"]["seconds"]
-            both = [kinds[name]["bytes_beyond_weights"] for name in (kind, "lora")]
-            ratios[f"{kind} to lora, memory beyond weights"] = both[0] / both[1]
+            ratios[f"{kind} to lora, time"] = ratio(kind, "lora", "seconds", "flops")
+            ratios[f"{kind} to lora, memory beyond weights"] = ratio(kind, "lora", "bytes_beyond_weights")
         whole = kind.removeprefix("cached-")
         if whole != kind and whole in kinds:
-            ratios[f"{whole}, second epoch: times faster with cached features"] = (
-                kinds[whole]["seconds"] / kinds[kind]["seconds"]
-            )
+            name = f"{whole}, second epoch: times faster with cached features"
+            ratios[name] = ratio(whole, kind, "seconds", "flops")
     return {"kinds": kinds, "ratios": ratios}
 
 
 def table(record: dict) -> str:
-    """Seconds and memory of a training step, by what is trained and how."""
+    """Seconds, FLOPs and memory of a training step, by what is trained and how."""
     rows = [
         [
             kind,
             f"{result['trained_parameters'] / 1e6:.1f} M",
-            "{:.3f} s ({:.3f} to {:.3f})".format(result["seconds"], *result["seconds_range"]),
-            f"{result['bytes_beyond_weights'] / 2**30:.3f} GiB",
+            "{:.2f} s ({:.2f} to {:.2f})".format(result["seconds"], *result["seconds_range"]),
+            f"{result['flops'] / 1e12:.2f} TFLOP",
+            f"{result['bytes_beyond_weights'] / 2**30:.2f} GiB",
         ]
         for kind, result in record["kinds"].items()
     ]
-    return markdown(["what trains", "parameters", "a step, median (range)", "memory beyond the weights"], rows)
+    header = ["what trains", "parameters", "a step, median (range)", "arithmetic", "memory beyond the weights"]
+    return markdown(header, rows)
 
 
 def ratios(record: dict) -> str:
     """What the kinds are to each other, as Markdown, beside what is aimed at."""
-    rows = [
-        [name, f"{value:.2f}", f"at {'least' if 'faster' in name else 'most'} {aim(name)}"]
-        for name, value in record["ratios"].items()
-    ]
-    return markdown(["", "measured", "aim"], rows)
+    rows = []
+    for name, (measured, *by_flops) in record["ratios"].items():
+        cells = [f"{measured:.2f}", *(f"{value:.2f}" for value in by_flops)]
+        rows.append(
+            [name, *cells, *[""] * (2 - len(cells)), f"at {'least' if 'faster' in name else 'most'} {aim(name)}"]
+        )
+    return markdown(["", "measured", "by FLOPs", "aim"], rows)
 
 
 def aim(ratio: str) -> float:
@@ -278,7 +291,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         epilog="examples:\n"
         "  python benchmarks/training.py --device cuda                 all 32 layers\n"
-        "  python benchmarks/training.py --one-layer --dtype float32 --rounds 2 --steps 1      on a CPU, in 16 GB\n"
+        "  python benchmarks/training.py --one-layer --gradient-checkpointing --rounds 1       on a CPU, in 16 GB\n"
         "  python benchmarks/training.py --layers 4 --hidden-size 256 --tokens 36+16 --steps 2 --output out.json\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
