@@ -85,7 +85,10 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         rest = ["--eval_strategy", "steps", *rest]  # the last one given counts
     rest += ["--output_dir", str(options.output), "--remove_unused_columns", "False", "--label_names", "labels"]
     rest += ["--ddp_find_unused_parameters", "False", "--prediction_loss_only", "True"]
-    (training_arguments,) = trainer_parser.parse_args_into_dataclasses(rest)
+    try:
+        (training_arguments,) = trainer_parser.parse_args_into_dataclasses(rest)
+    except ValueError as error:  # options that exclude each other, or that this machine does not have
+        parser.error(str(error))
     if last_checkpoint(options.output) and not options.resume:
         parser.error(
             f"--output {options.output} holds checkpoints of an earlier run: pass --resume, or another folder"

@@ -599,6 +599,9 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
     with pytest.raises(SystemExit) as status:
         train_side_branch.main(train(embedded, pictures, tmp_path / "out", "--label_smoothing_factor", 0.1))
     assert status.value.code == 2
+    with pytest.raises(SystemExit) as status:  # which TrainingArguments refuses
+        train_side_branch.main(train(embedded, pictures, tmp_path / "out", "--bf16", "--fp16"))
+    assert status.value.code == 2
     given = train(embedded, pictures, tmp_path / "out", "--eval-rows", 2)
     for options, strategy in (([], "steps"), (["--eval_strategy=epoch"], "epoch"), (["--eval_strategy", "no"], "no")):
         assert train_side_branch.parse_args([*given, *options])[1].eval_strategy == strategy
