@@ -196,7 +196,7 @@ class StaticStreamLayer(StaticLayer):
 
 
 class StaticSlotLayer(StaticLayer):
-    """`SlotLayer` of a static cache: nothing is cut off, the slots that no row needs any more are free again."""
+    """`SlotLayer` of a static cache: nothing is cut off, the last slots that no row needs any more are free again."""
 
     def __init__(self, joint_layer: StaticLayer, stream_layers: list[StaticLayer]):
         super().__init__(joint_layer.max_cache_len)

@@ -140,8 +140,9 @@ def test_a_checkpoint_and_an_adapter_are_pushed_whole_each_in_one_commit(folders
     assert files["adapter_model.safetensors"] == (folders / "adapter" / "adapter_model.safetensors").read_bytes()
     assert len(hub.commits["org/adapter"]) == 2  # the empty repository, and one more
     assert {f"adapters/a/{name}" for name in files} <= set(hub.files("org/dpvr"))
-    assert files["README.md"].decode() == make_card(RUN, "org/adapter", has_plot=True)
-    inside = make_card(RUN, "org/dpvr", subfolder="adapters/a", has_plot=True)
+    run = {"base_type": "llava", **RUN}  # as the adapter's own file states
+    assert files["README.md"].decode() == make_card(run, "org/adapter", has_plot=True)
+    inside = make_card(run, "org/dpvr", subfolder="adapters/a", has_plot=True)
     assert hub.files("org/dpvr")["adapters/a/README.md"].decode() == inside
 
 
