@@ -719,9 +719,9 @@ def test_the_last_layer_runs_whole_where_its_tokens_cannot_come_in_two_parts(wra
     else:  # there is nowhere to offload to: only the decision
         module = sys.modules[type(dpvr).__module__]
         dpvr.model.add_stream_layers(cache)
-        assert module.can_read_last(dpvr.model.language_model, layer, cache)
+        assert module.can_read_last(layer, cache)
         cache.offloading = True
-        assert not module.can_read_last(dpvr.model.language_model, layer, cache)
+        assert not module.can_read_last(layer, cache)
 
 
 def test_generate_keeps_keys_of_the_side_branch_only_where_a_later_image_may_read_them():
