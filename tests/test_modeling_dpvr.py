@@ -624,6 +624,7 @@ def test_positions_of_each_row_and_masks_of_logits_are_as_in_llava(model):
     assert_close(model(**batch, logits_to_keep=positions).logits, expected)
     assert_close(model(**batch, logits_to_keep=mask).logits, logits[mask])
     assert_close(model(**batch, logits_to_keep=mask[0]).logits, logits[:, mask[0]])
+    assert_close(model(**batch, logits_to_keep=slice(1, 4)).logits, logits[:, 1:4])
 
 
 def test_a_cache_by_its_old_name_is_taken_with_llavas_warning(model):
