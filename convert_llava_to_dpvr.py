@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import LlavaConfig
 
-from benchmarks.accounting import cache_bytes, dense_config, layer_flops, prefill_loads
+from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, prefill_loads
 from configuration_dpvr import AUTO_MAP, DPVRConfig
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
 from read_weights import ConversionError, StoredTensor, Weight, read_json, reason
@@ -284,7 +284,7 @@ def summarize(
     saturation, fusion = config.saturation_layer, config.first_fusion_layer
     prompt = (config.image_seq_length, 64)
     both = (dense_config(config), config)
-    flops = [sum(layer_flops(each.text_config, load) for load in prefill_loads(each, *prompt)) for each in both]
+    flops = [decoder_flops(each, prefill_loads(each, *prompt)) for each in both]
     caches = [sum(cache_bytes(each, *prompt, itemsize=DTYPES[dtype].itemsize).values()) for each in both]
     return ConversionSummary(
         source=checkpoint.name,

@@ -362,11 +362,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
             continue
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
             raise ConversionError(f"{index} has {key} in {file!r:.300}, which is not a file of that folder.")
-        try:
-            is_file = (index.parent / file).is_file()
-        except OSError:  # a name too long to be one
-            is_file = False
-        if not is_file:
+        if not os.path.isfile(index.parent / file):  # False for a name that is too long, too
             raise ConversionError(f"{index} has {key} in {file!r:.300}, which is not a file of that folder.")
         _check_inside(index.parent, index.parent / file, f"; {index.name} has {key} there")
         checked.add(file)

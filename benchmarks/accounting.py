@@ -172,7 +172,8 @@ def projector_flops(config: LlavaConfig, vision_tokens: int) -> int:
     return 2 * vision_tokens * (width * hidden + hidden * hidden)
 
 
-def _decoder_flops(config: LlavaConfig, loads: list[LayerLoad]) -> int:
+def decoder_flops(config: LlavaConfig, loads: list[LayerLoad]) -> int:
+    """FLOPs of all decoder layers."""
     return sum(layer_flops(config.text_config, load) for load in loads)
 
 
@@ -205,7 +206,7 @@ def prefill_flops(
     return Flops(
         vision_tower=vision_tokens // per_image * vision_tower_flops(config.vision_config),
         projector=projector_flops(config, vision_tokens),
-        decoder=_decoder_flops(config, loads),
+        decoder=decoder_flops(config, loads),
         head=_head_flops(config, num_logits or vision_tokens + text_tokens),
     )
 
@@ -213,7 +214,7 @@ def prefill_flops(
 def decode_flops(config: LlavaConfig, vision_tokens: int, text_tokens: int) -> Flops:
     """FLOPs of one more text token after a cached prompt of `vision_tokens` and `text_tokens`."""
     loads = decode_loads(config, vision_tokens, text_tokens)
-    decoder = _decoder_flops(config, loads)
+    decoder = decoder_flops(config, loads)
     return Flops(vision_tower=0, projector=0, decoder=decoder, head=_head_flops(config, 1))
 
 

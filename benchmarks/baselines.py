@@ -431,10 +431,7 @@ def prefill_flops(
     config: LlavaConfig, stages: tuple[Stage, ...], vision_tokens: int, text_tokens: int, num_logits: int = 1
 ) -> Flops:
     """FLOPs of reading a prompt; arguments and errors as in [`accounting.prefill_flops`]."""
-    layers = sum(
-        accounting.layer_flops(config.text_config, load)
-        for load in prefill_loads(config, stages, vision_tokens, text_tokens)
-    )
+    layers = accounting.decoder_flops(config, prefill_loads(config, stages, vision_tokens, text_tokens))
     ranking = ranking_flops(config, stages, vision_tokens, text_tokens)
     dense = accounting.prefill_flops(config, vision_tokens, text_tokens, num_logits=num_logits)
     return replace(dense, decoder=layers + ranking)
@@ -444,7 +441,7 @@ def decode_flops(config: LlavaConfig, stages: tuple[Stage, ...], vision_tokens: 
     """FLOPs of one more text token after a cached prompt."""
     loads = decode_loads(config, stages, vision_tokens, text_tokens)
     dense = accounting.decode_flops(config, vision_tokens, text_tokens)
-    return replace(dense, decoder=sum(accounting.layer_flops(config.text_config, load) for load in loads))
+    return replace(dense, decoder=accounting.decoder_flops(config, loads))
 
 
 def cache_bytes(

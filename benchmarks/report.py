@@ -33,8 +33,8 @@ import saturation_report
 
 from benchmarks.accounting import (
     cache_bytes,
+    decoder_flops,
     dense_config,
-    layer_flops,
     prefill_flops,
     prefill_loads,
     read_one_token,
@@ -90,7 +90,7 @@ def cost_table() -> str:
         tokens = (config.image_seq_length, 64)
         dense = dense_config(config)
         flops = [prefill_flops(each, *tokens).decoder for each in (dense, config)]
-        frugal = sum(layer_flops(dense.text_config, load) for load in read_one_token(prefill_loads(dense, *tokens)))
+        frugal = decoder_flops(dense, read_one_token(prefill_loads(dense, *tokens)))
         whole, kept, most = (
             sum(cache_bytes(each, *tokens, later_images=later).values())
             for each, later in ((dense, False), (config, False), (config, True))

@@ -266,11 +266,9 @@ def table(record: dict) -> str:
 def ratios(record: dict) -> str:
     """What the kinds are to each other, as Markdown, beside what is aimed at."""
     rows = []
-    for name, (measured, *by_flops) in record["ratios"].items():
-        cells = [f"{measured:.2f}", *(f"{value:.2f}" for value in by_flops)]
-        rows.append(
-            [name, *cells, *[""] * (2 - len(cells)), f"at {'least' if 'faster' in name else 'most'} {aim(name)}"]
-        )
+    for name, values in record["ratios"].items():
+        measured, by_flops, *_ = [*(f"{value:.2f}" for value in values), ""]
+        rows.append([name, measured, by_flops, f"at {'least' if 'faster' in name else 'most'} {aim(name)}"])
     return markdown(["", "measured", "by FLOPs", "aim"], rows)
 
 

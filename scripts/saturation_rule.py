@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.accounting import cache_bytes, dense_config, layer_flops, prefill_loads
+from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, prefill_loads
 from configuration_dpvr import DPVRConfig
 
 KL_THRESHOLD = 0.003
@@ -175,7 +175,7 @@ def cost_table(settings: dict, vision_tokens: int, text_tokens: int) -> list[dic
         flops, stored = (
             [count(each) for each in (config, dense_config(config))]
             for count in (
-                lambda c: sum(layer_flops(c.text_config, x) for x in prefill_loads(c, vision_tokens, text_tokens)),
+                lambda c: decoder_flops(c, prefill_loads(c, vision_tokens, text_tokens)),
                 lambda c: sum(cache_bytes(c, vision_tokens, text_tokens).values()),
             )
         )

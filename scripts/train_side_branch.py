@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser,
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from training.adapters import AdapterError, add_adapter, from_llava, processor_from_llava, save_adapter
+from training.adapters import AdapterError, add_adapter, base_name, from_llava, processor_from_llava, save_adapter
 from training.card import PLOT_FILE, make_card, plot_losses
 from training.data import BadRows, Collator, ConversationDataset, read_rows
 from training.features import CachedFeatures, CacheError, cache_features
@@ -174,8 +174,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data, secon
     trained, total, _ = count_trainable(model)
     history = trainer.state.log_history
     return {
-        "base_model": options.base
-        or (Path(options.model).resolve().name if Path(options.model).is_dir() else options.model),
+        "base_model": base_name(options.base or options.model),
         "base_type": "llava" if options.from_llava else "dpvr",
         "data": options.data.name,
         "rows": data.num_rows(),

@@ -348,17 +348,14 @@ def test_bad_rows_are_listed_with_their_reasons_and_good_ones_stand_in(pictures,
     assert data.num_rows() == len(rows) - len(BAD)
 
 
-def test_a_conversation_that_the_template_refuses_is_a_bad_row(processor):
+def test_a_conversation_that_the_template_refuses_is_a_bad_row(processor, monkeypatch):
     from processing_dpvr import CHAT_TEMPLATE
 
     turns = [{"role": role, "content": "x"} for role in ("user", "system", "assistant")]
     messages, _ = read_conversation({"messages": turns})
-    template, processor.chat_template = processor.chat_template, CHAT_TEMPLATE
-    try:
-        with pytest.raises(BadRowError, match=r"^template: .*system for the first message only"):
-            encode(processor, messages, [], 1024)
-    finally:
-        processor.chat_template = template
+    monkeypatch.setattr(processor, "chat_template", CHAT_TEMPLATE)
+    with pytest.raises(BadRowError, match=r"^template: .*system for the first message only"):
+        encode(processor, messages, [], 1024)
 
 
 def test_data_without_a_good_row_is_refused_with_the_reasons(pictures, processor, tmp_path):

@@ -321,7 +321,7 @@ def save_adapter(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    base = Path(base).resolve().name if Path(base).is_dir() else base
+    base = base_name(base)
     dtype = dtype or _backbone_dtype(model)
     weights = get_peft_model_state_dict(model, state_dict, adapter_name=name, save_embedding_layers=False)
     weights = {
@@ -349,6 +349,11 @@ def save_adapter(
         Path(staging, WEIGHTS_FILE).chmod(mode)  # safetensors makes files for the owner only
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(staging, file), folder / file)
+
+
+def base_name(base: str) -> str:
+    """A Hub id as it is; of a local folder the last name, not its path."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def _backbone_dtype(model: PeftModel) -> torch.dtype:

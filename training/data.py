@@ -18,6 +18,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -54,14 +55,14 @@ class BadRowError(ValueError):
 
 
 @contextlib.contextmanager
-def as_bad_row():
-    """What else a row of an unforeseen shape may raise is that row's fault too, and no reason to end a run."""
+def as_bad_row(reason: str, errors: type[Exception] = Exception):
+    """What else comes of a row, its images or its turns is the row's fault too, and no reason to end a run."""
     try:
         yield
     except BadRowError:
         raise
-    except Exception as error:
-        raise BadRowError("malformed", f"{type(error).__name__}: {error}") from error
+    except errors as error:
+        raise BadRowError(reason, f"{type(error).__name__}: {error}") from error
 
 
 # --- sources
@@ -166,14 +167,6 @@ def read_turn(turn: dict, number: int) -> dict:
     return {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is one; a name may be too long or hold what no name can."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def open_image(image, folder: Path) -> Image.Image:
     """An image of a row, decoded: a path below `folder`, bytes or a path as `datasets` has them, or a PIL image.
 
@@ -182,16 +175,14 @@ def open_image(image, folder: Path) -> Image.Image:
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
-    if isinstance(image, str) and not is_file(folder / image):
+    if isinstance(image, str) and not os.path.isfile(folder / image):
         raise BadRowError("missing image", str(image))
-    try:
+    with as_bad_row("corrupt image"):  # codecs fail in ways that have no common class
         if isinstance(image, str):
             image = folder / image
         elif isinstance(image, bytes):
             image = io.BytesIO(image)
         return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
-    except Exception as error:  # codecs fail in ways that have no common class
-        raise BadRowError("corrupt image", f"{type(error).__name__}: {error}") from error
 
 
 def answer_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
@@ -227,12 +218,8 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
     Raises:
         BadRowError: it has more than `max_length` tokens, or the template cannot be followed.
     """
-    try:
+    with as_bad_row("template", ValueError):  # turns in an order that it does not take
         text, spans = answer_spans(processor, messages)
-    except BadRowError:
-        raise
-    except ValueError as error:  # turns in an order that it does not take
-        raise BadRowError("template", str(error)) from error
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
     short = tokenizer(text, return_offsets_mapping=True)  # one token for each image, as yet
     is_answer = torch.tensor([any(a <= i and j <= b and i < j for a, b in spans) for i, j in short["offset_mapping"]])
@@ -346,12 +333,12 @@ class ConversationDataset(Dataset):
         if not self.good:
             raise ValueError(f"None of {len(rows)} rows can be trained on: {bad_rows.summary()}.")
 
-    @as_bad_row()
+    @as_bad_row("malformed")
     def check(self, number: int) -> None:
         _, images = read_conversation(self.rows[number])
         for image in images:
             path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
-            if isinstance(path, str) and not is_file(self.folder / path):
+            if isinstance(path, str) and not os.path.isfile(self.folder / path):
                 raise BadRowError("missing image", path)
 
     def hold_back(self, num_rows: int) -> "ConversationDataset":
@@ -375,15 +362,15 @@ class ConversationDataset(Dataset):
         lengths = []
         for number in self.good:
             messages, images = read_conversation(self.rows[number])
-            lengths.append(sum(len(message["content"][-1]["text"].split()) for message in messages))
-            lengths[-1] += IMAGE_WORDS * len(images)
+            words = sum(len(message["content"][-1]["text"].split()) for message in messages)
+            lengths.append(words + IMAGE_WORDS * len(images))
         return lengths
 
     def num_rows(self) -> int:
         """Rows that turned out good so far."""
         return len(set(self.good) - self.bad_rows.reasons().keys())
 
-    @as_bad_row()
+    @as_bad_row("malformed")
     def load(self, number: int) -> dict[str, torch.Tensor]:
         """Row `number` of the source, encoded.
 
