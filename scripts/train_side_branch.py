@@ -152,12 +152,14 @@ def make_datasets(options, processor, fresh: bool) -> tuple[Dataset, Dataset | N
         print(f"{path}: {len(data):,} of {len(data.rows):,} rows; {bad_rows.summary()}", flush=True)
         return data
 
-    train = read(options.data, "bad_rows.jsonl")
+    train, evaluation = read(options.data, "bad_rows.jsonl"), None
     if options.eval_data:
-        return train, read(options.eval_data, "bad_rows_eval.jsonl")
-    if not options.eval_rows:
-        return train, None
-    return train, train.hold_back(options.eval_rows)
+        evaluation = read(options.eval_data, "bad_rows_eval.jsonl")
+    elif options.eval_rows:
+        evaluation = train.hold_back(options.eval_rows)
+    for data in (train, evaluation) if evaluation else (train,):
+        data[0]  # where no row can be loaded, the run ends now and not at its first evaluation
+    return train, evaluation
 
 
 def trained_parts(options: argparse.Namespace, num_side_layers: int) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import make_llava
 from tiny_training import gradients, shared_model, staged, training_batch
 from transformers import AutoModel, AutoProcessor
@@ -348,6 +350,19 @@ def test_bad_rows_are_listed_with_their_reasons_and_good_ones_stand_in(pictures,
     assert data.num_rows() == len(rows) - len(BAD)
 
 
+def test_a_row_that_cannot_even_be_read_is_a_bad_row(pictures, processor, tmp_path):
+    class Rows(list):  # as parquet with a broken page
+        def __getitem__(self, number):
+            if number == 1:
+                raise OSError("Corrupt snappy compressed data.")
+            return super().__getitem__(number)
+
+    rows = Rows(json.loads((pictures / "good.json").read_text()))
+    data = ConversationDataset(rows, processor, pictures, BadRows(tmp_path / "bad.jsonl"), 1024)
+    assert len(data) == len(rows) - 1
+    assert data.bad_rows.reasons() == {1: "malformed"}
+
+
 def test_a_conversation_that_the_template_refuses_is_a_bad_row(processor, monkeypatch):
     from processing_dpvr import CHAT_TEMPLATE
 
@@ -584,7 +599,7 @@ def test_rows_of_like_length_are_grouped_without_being_loaded(embedded, pictures
     loaded, load = [], ConversationDataset.load
     monkeypatch.setattr(ConversationDataset, "load", lambda self, number: loaded.append(number) or load(self, number))
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "data", *options)) == 0
-    assert len(loaded) <= 4  # of ten rows: the batch, and the next one ahead of time
+    assert len(loaded) <= 5  # of ten rows: the first one as a check, the batch, and the next one ahead of time
     options += ("--cache-features", tmp_path / "features")
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "cached", *options)) == 0
 
@@ -604,17 +619,34 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         assert train_side_branch.parse_args([*given, *options])[1].eval_strategy == strategy
 
 
-def test_a_run_is_not_resumed_at_another_layer_or_with_another_loss(pictures, tmp_path, capsys):
+def test_a_run_whose_held_out_rows_are_all_corrupt_ends_before_it_trains(embedded, pictures, tmp_path, capsys):
+    (pictures / "broken.png").write_bytes(b"no image")
+    (tmp_path / "broken.json").write_text(json.dumps([bad_row(image="broken.png")] * 2))
+    options = ("--eval-data", tmp_path / "broken.json", "--image-folder", pictures)
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options)) == 1
+    assert "No row is left that can be trained on: 2 bad rows (2 corrupt image)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bad_rows_eval.jsonl"]
+
+
+def test_a_run_is_not_resumed_at_another_layer_or_with_another_loss_or_base(pictures, tmp_path, capsys):
     llava, options = ROOT / "examples" / "tiny-llava", ("--max_steps", 1, "--save_steps", 1)
     first = train(llava, pictures, tmp_path / "out", *options, "--saturation-layer", 3)
     assert train_side_branch.main(first) == 0
     options = ("--max_steps", 2, "--resume")
     other = train(llava, pictures, tmp_path / "out", *options, "--saturation-layer", 5)
     assert train_side_branch.main(other) == 1
-    assert "was trained with saturation_layer=3, but this run has 5" in capsys.readouterr().err
+    assert "was trained for saturation_layer=3, but the model has saturation_layer=5" in capsys.readouterr().err
     other = train(llava, pictures, tmp_path / "out", *options, "--saturation-layer", 3, "--loss", "distill")
     assert train_side_branch.main(other) == 1
     assert "was trained with loss=answer, but this run has distill" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(llava, other)
+    weights = load_file(other / "model.safetensors")
+    weights["multi_modal_projector.linear_1.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    other = train(other, pictures, tmp_path / "out", *options, "--saturation-layer", 3)
+    assert train_side_branch.main(other) == 1
+    assert "has other weights: value 0 of model.multi_modal_projector.linear_1.weight" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_with_a_word(

@@ -249,12 +249,7 @@ def check_adapter(path: Path, model: PreTrainedModel | PeftModel) -> None:
     """
     stated, shapes = read_header(path)
     base = _check_is_dpvr(model)
-    for field, value in describe(base.config).items():
-        if stated.get(field, value) != value:
-            raise AdapterError(
-                f"{path} was trained for {field}={stated[field]}, but the model has {field}={value}. Load the base "
-                "with what the adapter was trained for, or another adapter."
-            )
+    check_trained_for(path, stated, base)
     expected = {name: tuple(weight.shape) for name, weight in base_state(base).items() if ".side_branch." in name}
     stored = {name: shape for key, shape in shapes.items() if (name := branch_name(key))}
     for name in sorted(expected.keys() | stored.keys()):
@@ -263,17 +258,33 @@ def check_adapter(path: Path, model: PreTrainedModel | PeftModel) -> None:
                 f"{path}: {name} has shape {stored.get(name)} there, but {expected.get(name)} in the model (None: it "
                 "has no such weight)."
             )
-    _check_base(path, stated, base)
 
 
-def _check_base(path: Path, stated: dict[str, str], base: PreTrainedModel) -> None:
+def describe_training(base: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, str]:
+    """What weights that were trained for `base` belong to, as metadata of their file."""
+    return {**describe(base.config), "base_sample": json.dumps(sample_base(base, state_dict))}
+
+
+def check_trained_for(path: Path, stated: dict[str, str], base: PreTrainedModel) -> None:
+    """Compares what the metadata of a file of trained weights states, as far as it does, with the model.
+
+    Raises:
+        AdapterError: naming the field or weight and both values.
+    """
+    for field, value in describe(base.config).items():
+        if stated.get(field, value) != value:
+            raise AdapterError(
+                f"{path} was trained for {field}={stated[field]}, but the model has {field}={value}. Take the model "
+                "that it was trained for, or train anew for this one."
+            )
     there = json.loads(stated.get("base_sample", "{}"))
     for name, values in sample_base(base).items():
         for i, (ours, theirs) in enumerate(zip(values, there.get(name, []), strict=False)):
             if abs(ours - theirs) > SAMPLE_TOLERANCE * max(abs(ours), abs(theirs)) + 1e-6:
                 raise AdapterError(
-                    f"{path} was trained on {stated.get('base_model')}, but {base.name_or_path or 'the model'} has "
-                    f"other weights: value {i} of {name} is {ours:g}, there it was {theirs:g}."
+                    f"{path} was trained on {stated.get('base_model', 'another base')}, but "
+                    f"{base.name_or_path or 'the model'} has other weights: value {i} of {name} is {ours:g}, there it "
+                    f"was {theirs:g}."
                 )
 
 
@@ -337,10 +348,9 @@ def save_adapter(
     fields = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     metadata = {
         "format": "pt",
-        **describe(model.get_base_model().config),
+        **describe_training(model.get_base_model(), state_dict),
         "base_model": base,
         "base_type": getattr(model.get_base_model(), "base_type", "dpvr"),
-        "base_sample": json.dumps(sample_base(model, state_dict)),
     }
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
         save_file(weights, Path(staging, WEIGHTS_FILE), metadata)

@@ -266,11 +266,14 @@ class BadRows:
             self.path.unlink(missing_ok=True)
         self.seen = set(self.reasons())
 
-    def add(self, number: int, row: dict, error: BadRowError) -> None:
+    def add(self, number: int, rows, error: BadRowError) -> None:
+        """Row `number` of `rows`, which may be so broken that it cannot be read again."""
         if number in self.seen:
             return
         self.seen.add(number)
-        name = row.get("id") if isinstance(row, dict) else None
+        name = None
+        with contextlib.suppress(Exception):
+            name = rows[number].get("id")
         self._append({"row": number, "id": name, "reason": error.reason, "detail": error.detail[:MAX_DETAIL]})
 
     def add_all(self, other: "BadRows") -> None:
@@ -282,7 +285,7 @@ class BadRows:
 
     def _append(self, line: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, default=str) + "\n")
 
     def lines(self) -> list[dict]:
         """What the file holds, but for lines that a full disk or a kill has cut off."""
@@ -329,7 +332,7 @@ class ConversationDataset(Dataset):
                 self.check(number)
                 self.good.append(number)
             except BadRowError as error:
-                bad_rows.add(number, rows[number], error)
+                bad_rows.add(number, rows, error)
         if not self.good:
             raise ValueError(f"None of {len(rows)} rows can be trained on: {bad_rows.summary()}.")
 
@@ -391,7 +394,7 @@ class ConversationDataset(Dataset):
             try:
                 return self.load(number)
             except BadRowError as error:
-                self.bad_rows.add(number, self.rows[number], error)
+                self.bad_rows.add(number, self.rows, error)
         raise ValueError(f"No row is left that can be trained on: {self.bad_rows.summary()}.")
 
 

@@ -197,7 +197,7 @@ class _Loaded(Dataset):
         try:
             return self.dataset.load(number)
         except BadRowError as error:
-            self.bad_rows.add(number, self.dataset.rows[number], error)
+            self.bad_rows.add(number, self.dataset.rows, error)
             return None
 
 

@@ -15,7 +15,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from training.adapters import describe
+from training.adapters import check_trained_for, describe_training
 
 TRAINED_WEIGHTS = "trained.safetensors"
 
@@ -82,19 +82,16 @@ class SideBranchTrainer(Trainer):
                 f"{error}. Those before it are kept: make room and go on with --resume."
             ) from error
 
-    def _identity(self) -> dict[str, str]:
-        """What a checkpoint was trained for."""
-        return {**describe(self.model.config), "loss": self.model.loss}
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         weights = {}
         for name, weight in trainable(self.model).items():  # every process: a sharded weight is gathered from all
             weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
             weights[name] = weight.detach().cpu().contiguous()
+        metadata = {"format": "pt", "loss": self.model.loss, **describe_training(self.model.base)}
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, folder / TRAINED_WEIGHTS, {"format": "pt", **self._identity()})
+            save_file(weights, folder / TRAINED_WEIGHTS, metadata)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
@@ -107,13 +104,13 @@ class SideBranchTrainer(Trainer):
                     f"{path} holds {len(stored)} weights, but {len(expected)} train in this run; {differing[0]} is in "
                     "only one of the two. Resume with the --lora or --peft-config that the run began with."
                 )
-            stated = file.metadata()
-            for field, value in self._identity().items():
-                if stated.get(field, value) != value:
-                    raise ValueError(
-                        f"{path} was trained with {field}={stated[field]}, but this run has {value}. Resume with the "
-                        "options that the run began with, or train into another folder."
-                    )
+            stated, loss = file.metadata(), self.model.loss
+            check_trained_for(path, stated, self.model.base)
+            if stated.get("loss", loss) != loss:
+                raise ValueError(
+                    f"{path} was trained with loss={stated['loss']}, but this run has {loss}. Resume with the --loss "
+                    "that the run began with, or train into another folder."
+                )
             with torch.no_grad():
                 for name, weight in expected.items():
                     value = file.get_tensor(name).to(weight.device, weight.dtype)
