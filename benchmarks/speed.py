@@ -364,27 +364,35 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
 
 
 def table(record: dict) -> str:
-    """The results as markdown, one row for each method of each prompt."""
+    """The results as markdown, one row for each method of each prompt, and under what conditions they were measured."""
+    results = [result for run in record["runs"] for result in run["methods"].values()]
+    has_peak, has_steps = (results[0][key] is not None for key in ("peak_bytes", "decode_step_seconds"))
     rows = []
     for run in record["runs"]:
         prompt = prompt_name(run)
         for name, result in run["methods"].items():
-            step, peak = result["decode_ratio"], result["peak_bytes"]
-            rows.append(
-                [
-                    prompt,
-                    name,
-                    "{median:.3g} [{p10:.3g}, {p90:.3g}]".format(**result["prefill_seconds"]),
-                    f"{result['prefill_ratio']['median']:.3f}",
-                    f"{result['flops_ratio']:.3f}",
-                    "" if step is None else f"{step:.3f}",
-                    f"{result['cache_ratio']:.3f}",
-                    "" if peak is None else f"{peak / 2**20:,.0f}",
-                ]
-            )
+            row = [prompt, name, "{median:.3g} [{p10:.3g}, {p90:.3g}]".format(**result["prefill_seconds"])]
+            row += [f"{result['prefill_ratio']['median']:.3f}", f"{result['flops_ratio']:.3f}"]
+            row.append(f"{result['first_token_seconds']['median']:.3g}")
+            if has_steps:
+                row += [f"{result['decode_step_seconds']['median']:.3g}", f"{result['decode_ratio']:.3f}"]
+            row.append(f"{result['cache_ratio']:.3f}")
+            if has_peak:
+                row.append(f"{result['peak_bytes'] / 2**20:,.0f}")
+            rows.append(row)
             prompt = ""
-    header = ["prompt", "method", "prefill, s", "ratio", "by FLOPs", "decode step", "KV cache", "peak, MiB"]
-    return markdown(header, rows)
+    header = ["prompt", "method", "prefill, s", "ratio", "by FLOPs", "first token, s"]
+    header += ["decode step, s", "ratio"] * has_steps + ["KV cache, ratio"] + ["peak, MiB"] * has_peak
+    return f"{markdown(header, rows)}\n\n{conditions(record)}"
+
+
+def conditions(record: dict) -> str:
+    """On what machine, when and with what a record was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return (
+        f"{record['date']}, {record['device']}: {record['layers']} layers of width {record['hidden_size']} in "
+        f"{record['dtype']}, {record['repeats']} repetitions; {versions}."
+    )
 
 
 def prompt_name(run: dict) -> str:
