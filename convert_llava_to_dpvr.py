@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import LlavaConfig
 
 from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, prefill_loads
@@ -26,6 +28,7 @@ from configuration_dpvr import AUTO_MAP, DPVRConfig
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
 from read_weights import ConversionError, StoredTensor, Weight, read_json, reason
 from scripts.checksums import write_checksums
+from scripts.publish import publish
 from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights, side_branch_weights
 from write_checkpoint import (
     Staging,
@@ -517,13 +520,13 @@ def convert(
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
-    """Uploads a converted checkpoint with its checksums; the repository is made if it does not exist. Returns its
-    address."""
-    write_checksums(folder)
+    """Uploads a converted checkpoint with its checksums, in one commit; the repository is made if it does not exist.
+    Returns the commit's address."""
     api = HfApi()
-    address = api.create_repo(repo, private=private or None, exist_ok=True)
-    api.upload_folder(repo_id=repo, folder_path=folder)
-    return str(address)
+    repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    write_checksums(folder)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return publish(api, repo, files, "Upload a DPVR checkpoint")
 
 
 EXAMPLES = """\
@@ -537,7 +540,8 @@ examples:
   python convert_llava_to_dpvr.py ./llava dpvr --dry-run                     only check and count
 
 exit codes: 0 converted, 1 refused with a sentence and nothing left behind, 2 wrong usage, 130 interrupted; after an
-interrupt or a kill the same command goes on with the shard it was at
+interrupt or a kill the same command goes on with the shard it was at. If only the upload of --push-to-hub fails, the
+checkpoint stays, and the message says how to push it again
 """
 
 
@@ -594,12 +598,16 @@ def main(arguments: list[str] | None = None) -> int:
         options |= {"source": str(HERE / "examples" / "tiny-llava"), "output": Path("dpvr-tiny")}
     if options["output"] is None:
         parser.error("the following arguments are required: output")
+    if repo:
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            parser.error(f"--push-to-hub: {error}")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         summary = convert(**options, progress=True)
         print(summary)
-        if repo and summary.output:
-            print(f"pushed to {push(summary.output, repo, private)}")
+        return try_to_push(summary.output, repo, private) if repo and summary.output else 0
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -608,6 +616,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def try_to_push(folder: Path, repo: str, private: bool) -> int:
+    """Pushes a checkpoint, which stays whatever becomes of that. Returns the exit code."""
+    again = f"{folder} is converted; push it again with `python scripts/push_to_hub.py {folder} {repo}`"
+    try:
+        print(f"pushed to {push(folder, repo, private)}")
+    except KeyboardInterrupt:
+        print(f"interrupted. {again}", file=sys.stderr)
+        return 130
+    except Exception as error:  # client and network fail in ways that have no common class
+        cause = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""
+        print(f"error: {error}{cause}\n{again}", file=sys.stderr)
+        return 1
     return 0
 
 

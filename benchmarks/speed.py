@@ -364,7 +364,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
 
 
 def table(record: dict) -> str:
-    """The results as markdown, one row for each method of each prompt, and under what conditions they were measured."""
+    """The results as markdown, one row for each method of each prompt, and the conditions they were measured under."""
     results = [result for run in record["runs"] for result in run["methods"].values()]
     has_peak, has_steps = (results[0][key] is not None for key in ("peak_bytes", "decode_step_seconds"))
     rows = []

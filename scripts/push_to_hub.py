@@ -15,12 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import HfApi
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.checksums import write_checksums
+from scripts.publish import publish
 from training.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import PLOT_FILE, make_card, plot_losses
 
@@ -46,9 +47,9 @@ def files_of(folder: Path) -> tuple[list[Path], bool]:
     if is_adapter:
         read_header(folder / WEIGHTS_FILE)
         return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()], True
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in CHECKPOINT_SUFFIXES]
     _check_checkpoint(folder)
-    return [path for path in files if not path.name.startswith(".")], False
+    files = [path for pattern in ("[!.]*", "additional_chat_templates/*") for path in sorted(folder.glob(pattern))]
+    return [path for path in files if path.is_file() and path.suffix in CHECKPOINT_SUFFIXES], False
 
 
 def _check_checkpoint(folder: Path) -> None:
@@ -89,7 +90,8 @@ def is_made_by_training(card: str, run: dict, has_plot: bool) -> bool:
 def push_to_hub(
     folder: str | Path, repo: str, *, subfolder: str | None = None, private: bool = False, token: str | None = None
 ) -> str:
-    """Uploads the adapter or the checkpoint in `folder` to `repo`, in one commit. Returns the address of the commit.
+    """Uploads the adapter or the checkpoint in `folder` to `repo`, in one commit, which deletes the weights of a model
+    that was there before. Returns the address of the commit.
 
     Args:
         folder: of `save_adapter`, or of a whole checkpoint with its processor.
@@ -100,30 +102,25 @@ def push_to_hub(
         token: by default the one that `hf auth login` keeps.
 
     Raises:
-        AdapterError: the folder is not whole, or the repository is not for it.
+        AdapterError: the folder is not whole.
+        PublishError: the repository is not for it.
         HfHubHTTPError: the Hub refuses, or fails; nothing is published then.
     """
-    folder, api = Path(folder), HfApi(token=token)
+    folder = Path(folder)
     files, is_adapter = files_of(folder)
     if subfolder and not is_adapter:
         raise AdapterError(f"{folder} is a checkpoint, which lies at the root of its repository: give no subfolder.")
+    api = HfApi(token=token)
     repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-    other = "config.json" if is_adapter else CONFIG_FILE
-    if not subfolder and api.file_exists(repo, other):
-        raise AdapterError(
-            f"{repo} has a {other} at its root: an adapter beside it would send from_pretrained to the adapter's base "
-            "model. Put the adapter into a subfolder, or a repository of its own."
-        )
-    with tempfile.TemporaryDirectory(prefix="dpvr-card-") as target:
-        files += make_card_files(folder, Path(target), repo, is_adapter, subfolder)
-        files.append(write_checksums(Path(target), {path.name: path for path in files}))
-        inside = f"{subfolder.strip('/')}/" if subfolder else ""
-        commit = api.create_commit(
-            repo,
-            [CommitOperationAdd(inside + path.name, path) for path in files],
-            commit_message=f"Upload {'a side-branch adapter' if is_adapter else 'a DPVR checkpoint'}",
-        )
-    return str(commit.commit_url)
+    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    with tempfile.TemporaryDirectory(prefix="dpvr-card-") as made:
+        target = Path(made)
+        files += make_card_files(folder, target, repo, is_adapter, subfolder)
+        names = {path.relative_to(target if target in path.parents else folder).as_posix(): path for path in files}
+        checksums = write_checksums(target, names)
+        names[checksums.name] = checksums
+        message = f"Upload {'a side-branch adapter' if is_adapter else 'a DPVR checkpoint'}"
+        return publish(api, repo, {inside + name: path for name, path in names.items()}, message)
 
 
 def main(arguments: list[str] | None = None) -> int:

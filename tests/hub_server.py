@@ -135,6 +135,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
         commit = self.server.add(repo, files)
         url = f"{self.server.url}/{repo}/commit/{commit}"
         self.send(200, {"success": True, "commitOid": commit, "commitUrl": url})

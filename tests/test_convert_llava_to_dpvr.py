@@ -595,26 +595,3 @@ def test_help_shows_examples(capsys):
         main(["--help"])
     assert exit_info.value.code == 0
     assert "llava-hf/llava-1.5-7b-hf" in capsys.readouterr().out
-
-
-def test_push_uploads_the_finished_folder(tmp_path, source, monkeypatch, capsys):
-    calls = {}
-
-    class Api:
-        def create_repo(self, repo, **options):
-            calls["create"] = (repo, options)
-            return "https://hub/" + repo
-
-        def upload_folder(self, repo_id, folder_path):
-            calls["upload"] = (repo_id, sorted(path.name for path in Path(folder_path).iterdir()))
-
-    monkeypatch.setattr(converter, "HfApi", Api)
-    assert main([str(source), str(tmp_path / "dpvr"), "--push-to-hub", "me/dpvr", "--private"]) == 0
-    assert calls["create"] == ("me/dpvr", {"private": True, "exist_ok": True})
-    assert calls["upload"][0] == "me/dpvr"
-    expected = {"README.md", "SHA256SUMS", "config.json", "modeling_dpvr.py", "model.safetensors.index.json"}
-    assert expected <= set(calls["upload"][1])
-    assert "https://hub/me/dpvr" in capsys.readouterr().out
-    calls.clear()
-    assert main([str(source), str(tmp_path / "other"), "--push-to-hub", "me/dpvr", "--dry-run"]) == 0
-    assert not calls

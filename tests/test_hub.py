@@ -74,6 +74,14 @@ def folders(tmp_path_factory):
     return path
 
 
+OLDER = {  # what an earlier model has left in a repository
+    "config.json": b"{}",
+    "model.safetensors": b"old",
+    "pytorch_model-00001-of-00002.bin": b"old",
+    "pytorch_model.bin.index.json": b"{}",
+    "adapters/a/adapter_model.safetensors": b"kept",
+    "model_card.md": b"kept",
+}
 PUSH_ALL = """
 import os
 import sys
@@ -82,18 +90,27 @@ sys.path.insert(0, sys.argv[1])
 import huggingface_hub.utils._http as http
 
 http.time.sleep = lambda seconds: None  # between the client's tries
+import convert_llava_to_dpvr
 from scripts.push_to_hub import main
 
-def push(label, *arguments):
+def push(label, *arguments, main=main):
     print(f"== {label}", file=sys.stderr, flush=True)
     print(f"== {label}")
     print(main(list(arguments)), flush=True)
+
+def convert(label, repo):
+    options = ("--push-to-hub", repo, "--private")
+    push(label, f"{sys.argv[1]}/examples/tiny-llava", f"out/{label}", *options, main=convert_llava_to_dpvr.main)
 
 dpvr, adapter = f"{sys.argv[2]}/dpvr", f"{sys.argv[2]}/adapter"
 push("checkpoint", dpvr, "org/dpvr")
 push("adapter", adapter, "org/adapter")
 push("adapter beside a checkpoint", adapter, "org/dpvr")
 push("adapter in a subfolder", adapter, "org/dpvr", "--subfolder", "adapters/a")
+push("over an older model", dpvr, "org/older")
+convert("conversion", "org/converted")
+convert("conversion beside an adapter", "org/adapter")
+convert("conversion with a failing upload", "org/failing-upload")
 push("failing upload", adapter, "org/failing-upload")
 push("failing commit", adapter, "org/failing-commit")
 os.environ["HF_TOKEN"] = "hf_wrong"
@@ -113,6 +130,8 @@ def pushed(folders, tmp_path_factory):
         llava = (ROOT / "examples" / "tiny-llava").iterdir()
         hub.commits["org/llava"] = []
         hub.add("org/llava", {path.name: path.read_bytes() for path in llava})
+        hub.commits["org/older"] = []
+        hub.add("org/older", OLDER)
         hub.failures = {r"PUT /org/failing-upload/lfs/": 500, r"POST .*/org/failing-commit/commit/": 500}
         result = run(["-c", PUSH_ALL, ROOT, folders], tmp_path_factory.mktemp("pusher"), hub)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -146,6 +165,49 @@ def test_a_checkpoint_and_an_adapter_are_pushed_whole_each_in_one_commit(folders
     assert hub.files("org/dpvr")["adapters/a/README.md"].decode() == inside
 
 
+def test_weights_of_an_earlier_model_are_deleted_by_the_commit_that_brings_new_ones(folders, pushed):
+    """transformers would read them and not the new ones."""
+    hub = pushed[0]
+    files = hub.files("org/older")
+    assert len(hub.commits["org/older"]) == 2
+    assert files.keys() & OLDER.keys() == {"config.json", "adapters/a/adapter_model.safetensors", "model_card.md"}
+    for path in (folders / "dpvr").iterdir():
+        assert files[path.name] == path.read_bytes()
+
+
+def test_the_converter_pushes_what_it_has_made_and_says_how_to_push_it_again(pushed, tmp_path):
+    hub, said, errors = pushed
+    assert said["conversion"].endswith("\n0\n")
+    assert f"pushed to {hub.url}/org/converted/commit/" in said["conversion"]
+    for name, data in hub.files("org/converted").items():
+        (tmp_path / name).write_bytes(data)
+    assert checksums.main([str(tmp_path), "--check"]) == 0
+    assert len(hub.commits["org/converted"]) == 2
+    assert {"README.md", "modeling_dpvr.py", "model.safetensors.index.json"} <= hub.files("org/converted").keys()
+    for label, repo, word in (
+        ("conversion beside an adapter", "org/adapter", "org/adapter has adapter_config.json at its root"),
+        ("conversion with a failing upload", "org/failing-upload", "500"),
+    ):
+        assert said[label].endswith("\n1\n")
+        assert word in errors[label]
+        again = f"out/{label} is converted; push it again with `python scripts/push_to_hub.py out/{label} {repo}`"
+        assert again in errors[label]
+        assert "Traceback" not in errors[label]
+        assert not any("modeling_dpvr.py" in files for _, files in hub.commits[repo])
+
+
+def test_a_repository_that_cannot_be_is_refused_before_anything_is_converted(tmp_path, capsys):
+    from convert_llava_to_dpvr import main
+
+    with pytest.raises(SystemExit) as status:
+        main([str(ROOT / "examples" / "tiny-llava"), str(tmp_path / "out"), "--push-to-hub", "my repo!/x"])
+    assert status.value.code == 2
+    assert "--push-to-hub: Repo id must use alphanumeric chars" in capsys.readouterr().err
+    options = [str(tmp_path / "out"), "--push-to-hub", "me/dpvr", "--dry-run"]  # which pushes nothing
+    assert main([str(ROOT / "examples" / "tiny-llava"), *options]) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_card_that_somebody_wrote_is_pushed_as_it_is(folders, tmp_path):
     from scripts.push_to_hub import make_card_files
 
@@ -158,7 +220,7 @@ def test_a_card_that_somebody_wrote_is_pushed_as_it_is(folders, tmp_path):
 def test_an_adapter_beside_a_checkpoint_is_refused_at_the_root_and_taken_in_a_subfolder(pushed):
     hub, said, errors = pushed
     assert said["adapter beside a checkpoint"] == "1\n"
-    assert "org/dpvr has a config.json at its root" in errors["adapter beside a checkpoint"]
+    assert "org/dpvr has config.json at its root" in errors["adapter beside a checkpoint"]
     assert said["adapter in a subfolder"].endswith("\n0\n")
     assert "adapter_config.json" not in hub.files("org/dpvr")
 

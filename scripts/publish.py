@@ -1,0 +1,38 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""One commit to a Hub repository: files, and no weights of an earlier model beside them."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+# from_pretrained reads model.safetensors before an index, and shards by the index alone
+MODEL_WEIGHTS = re.compile(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?")
+
+
+class PublishError(ValueError):
+    """A repository that the files are not for."""
+
+
+def publish(api: HfApi, repo: str, files: dict[str, Path], message: str) -> str:
+    """Uploads `files`, by their names in the repository, in one commit, which also deletes the weights that an earlier
+    model left beside a new one. Returns the commit's address.
+
+    Raises:
+        PublishError: a checkpoint and an adapter would lie at the root of one repository.
+        HfHubHTTPError: the Hub refuses, or fails; nothing is published then.
+    """
+    present = set(api.list_repo_files(repo))
+    for new, other in ((ADAPTER_CONFIG, MODEL_CONFIG), (MODEL_CONFIG, ADAPTER_CONFIG)):
+        if new in files and other in present:
+            raise PublishError(
+                f"{repo} has {other} at its root: an adapter beside a checkpoint would send from_pretrained to the "
+                "adapter's base model. Put the adapter into a subfolder, or a repository of its own."
+            )
+    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    if MODEL_CONFIG in files:
+        stale = filter(MODEL_WEIGHTS.fullmatch, sorted(present - files.keys()))
+        operations += map(CommitOperationDelete, stale)
+    return str(api.create_commit(repo, operations, commit_message=message).commit_url)
