@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +44,16 @@ class Result:
 
 
 def make_checkpoint(output: Path) -> None:
-    """The DPVR checkpoint of the embedded LLaVA; one that an earlier run left is made anew."""
-    config = output / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("model_type") == "dpvr":
-        shutil.rmtree(output)
-    examples = ROOT / "examples"
+    """The DPVR checkpoint of the embedded LLaVA; one that an earlier run left, and nothing else, is made anew."""
+    examples, config = ROOT / "examples", output / "config.json"
+    with tempfile.TemporaryDirectory(prefix="dpvr-demo-") as folder:
+        made = Path(folder, "dpvr")
+        convert(examples / "tiny-llava", made, adapter=examples / "dpvr-tiny-adapter")
+        if config.is_file() and json.loads(config.read_text()).get("model_type") == "dpvr":
+            others = {path.name for path in output.iterdir()} - {path.name for path in made.iterdir()}
+            if others:
+                sys.exit(f"error: {output} holds {min(others)}, which no demo has made; give another --output")
+            shutil.rmtree(output)
     print(convert(examples / "tiny-llava", output, adapter=examples / "dpvr-tiny-adapter"), end="\n\n")
 
 

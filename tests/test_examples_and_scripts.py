@@ -119,6 +119,17 @@ def test_the_demo_writes_a_checkpoint_and_a_picture_and_can_be_run_again(tmp_pat
         assert (tmp_path / "dpvr-tiny" / "config.json").is_file()
 
 
+def test_the_demo_deletes_no_files_of_others(tmp_path):
+    command(ROOT / "convert_llava_to_dpvr.py", cwd=tmp_path)
+    (tmp_path / "dpvr-tiny" / "notes.txt").write_text("mine")
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "demo.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.endswith("error: dpvr-tiny holds notes.txt, which no demo has made; give another --output\n")
+    assert (tmp_path / "dpvr-tiny" / "notes.txt").read_text() == "mine"
+
+
 def test_the_training_scripts_run_and_write_what_the_converter_takes(tmp_path):
     llava, adapter = tmp_path / "llava", tmp_path / "adapter"
     steps = ("--tower-steps", 1, "--text-steps", 1, "--steps", 1, "--questions", 1)
