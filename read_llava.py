@@ -9,6 +9,7 @@ behind the vocabulary, which is then padded to a multiple of 64, as for llava-hf
 random; here each is the mean of the old rows, so that the same source always gives the same checkpoint.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from jinja2 import TemplateError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -27,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
@@ -39,9 +39,11 @@ from read_weights import (
     StoredTensor,
     Weight,
     check_dtype,
+    load_pickled,
     read_json,
     reason,
     tensors_of_folder,
+    weight_files,
 )
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -56,28 +58,53 @@ NAMES = [  # the first pattern that matches a weight's name says what becomes of
     (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
     (r"(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
 ]
+# Put before a template that takes text alone: the images of a message before its text, as LLaVA has them
+IMAGES_FIRST = r"""
+{%- set turns = namespace(all=[]) -%}
+{%- for message in messages -%}
+    {%- set turn = namespace(images="", text="") -%}
+    {%- for part in ([] if message.content is string or not message.content else message.content) -%}
+        {%- if part.type == "text" -%}
+            {%- set turn.text = turn.text ~ (" " if turn.text else "") ~ part.text -%}
+        {%- else -%}
+            {%- set turn.images = turn.images ~ "<image>\n" -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {%- set content = message.content if message.content is string else turn.images ~ turn.text -%}
+    {%- set turns.all = turns.all + [dict(message, content=content)] -%}
+{%- endfor -%}
+{%- set messages = turns.all -%}
+"""
 CLIP_NAMES = [
     (r"text_model\.|logit_scale$|visual_projection\.|text_projection\.|.*embeddings\.position_ids$", None),
     (r"(vision_model\.)?", "model.vision_tower."),
 ]
 
 
-def resolve_folder(name: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder `name`, or a local copy of the Hub repository `name`: its configs and, if asked, its weights."""
+def resolve_folder(name: str, revision: str | None = None) -> Path:
+    """The folder `name`, or a local copy of the Hub repository `name` without its weights."""
     if Path(name).is_dir():
         return Path(name).resolve()
     texts = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    return _download(name, revision, texts)
+
+
+def fetch_weights(name: str, revision: str | None, folder: Path) -> None:
+    """Downloads the weights of the Hub repository `name` beside its other files in `folder`."""
+    for pattern in () if Path(name).is_dir() else ("*.safetensors", "*.bin"):
+        _download(name, revision, [pattern])
+        with contextlib.suppress(ConversionError):  # of this kind there may be an adapter alone
+            if weight_files(folder)[0][0].match(pattern):
+                return
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=texts, ignore_patterns="*/*"))
-        for pattern in ("*.safetensors", "*.bin") if weights else ():
-            snapshot_download(name, revision=revision, allow_patterns=[pattern], ignore_patterns="*/*")
-            if any(folder.glob(pattern)):
-                break
-    except (HFValidationError, OSError) as error:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
+    except Exception as error:  # no such name, no such repository, networks: without a common class
         raise ConversionError(
             f"{name!r} is neither a folder nor a Hub repository that can be read: {reason(error)}"
         ) from error
-    return folder
 
 
 def rename(key: str, names: list[tuple[str, str | None]]) -> str | None:
@@ -149,35 +176,56 @@ def _from_pretrained(auto_class, name: str | Path, what: str, **options):
         raise ConversionError(f"{what} cannot be loaded from {name}: {reason(error)}") from error
 
 
-def is_bare_template(processor) -> bool:
-    """Whether a processor's chat template is the one that llava-hf published with LLaVA-1.5: the right turns, but
-    without the system sentence that the model was trained with. Templates of other models are their own."""
+def own_template(processor) -> str | None:
+    """The chat template of a checkpoint, or that of its tokenizer, made to take images where it takes text alone.
+
+    None where there is none, or it is the one that llava-hf published with LLaVA-1.5: the right turns, but without
+    the system sentence that the model was trained with. Templates of other models are their own.
+    """
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    try:
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    except (ValueError, TypeError, TemplateError):
-        return processor.chat_template is None
-    return prompt == "USER: <image>\n? ASSISTANT:"
+    template = processor.tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    candidates = [template, IMAGES_FIRST + template] if template else []
+    for candidate in [processor.chat_template] if processor.chat_template else candidates:
+        messages = [{"role": "user", "content": content}]
+        with contextlib.suppress(Exception):  # a template may be any code
+            prompt = processor.apply_chat_template(messages, chat_template=candidate, add_generation_prompt=True)
+            if prompt == "USER: <image>\n? ASSISTANT:":
+                return None
+            if "<image>" in prompt:
+                return candidate
+    return processor.chat_template
 
 
-def read_llava_hf(name: str, folder: Path, fields: dict, tokenizer: str | None) -> Checkpoint:
+def load_processor(folder: Path, tokenizer: str | None):
+    """Processor of a checkpoint in the layout of llava-hf, with the tokenizer of another place if one is given."""
+    if tokenizer is None:
+        processor = _from_pretrained(AutoProcessor, folder, "The processor")
+    else:
+        tokens = _from_pretrained(AutoTokenizer, tokenizer, "The tokenizer")
+        try:
+            processor = _from_pretrained(AutoProcessor, folder, "The processor")
+            processor.tokenizer = tokens
+        except ConversionError:  # the checkpoint may have no tokenizer
+            processor = LlavaProcessor(_from_pretrained(AutoImageProcessor, folder, "The image processor"), tokens)
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ConversionError(
+            f"{folder} has a {type(processor).__name__}, not a processor of images and text, such as LlavaProcessor."
+        )
+    return processor
+
+
+def read_llava_hf(name: str, revision: str | None, folder: Path, fields: dict, tokenizer: str | None) -> Checkpoint:
     """A checkpoint in the layout of llava-hf, with the weight names of transformers 4 or 5."""
     path = folder / "config.json"
     config = _make_config(LlavaConfig, path, **{k: v for k, v in fields.items() if k != "model_type"})
     check_backbone(config, path)
     check_geometry(config, path, "image_seq_length" in fields)
-    processor = _from_pretrained(AutoProcessor, folder, "The processor")
-    if tokenizer:
-        processor.tokenizer = _from_pretrained(AutoTokenizer, tokenizer, "The tokenizer")
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise ConversionError(
-            f"{folder} has a {type(processor).__name__}, not a processor of images and text, such as LlavaProcessor."
-        )
+    processor = load_processor(folder, tokenizer)
     check_vocabulary(processor.tokenizer, config, path)
     check_image_size(processor.image_processor, config, folder)
-    do_pad = processor.image_processor.to_dict().get("do_pad")  # CLIP's does not say; LLaVA pads
-    template = None if is_bare_template(processor) else processor.chat_template
-    processor = build_processor(config, processor.image_processor, processor.tokenizer, do_pad is not False, template)
+    processor = convert_processor(config, processor)
+    fetch_weights(name, revision, folder)
     tensors = index_tensors(folder, NAMES)
     return Checkpoint(name, folder, config, fields, tensors, processor, config.text_config.vocab_size)
 
@@ -261,19 +309,24 @@ def check_original(fields: dict, path: Path) -> None:
 
 
 def read_original(
-    name: str, folder: Path, fields: dict, tokenizer: str | None, vision_tower: str | None
+    name: str, revision: str | None, folder: Path, fields: dict, tokenizer: str | None, vision_tower: str | None
 ) -> Checkpoint:
-    """A checkpoint in the layout of liuhaotian/llava-v1.5-7b, with its CLIP tower inside or apart."""
+    """A checkpoint in the layout of liuhaotian/llava-v1.5-7b. The weights of its CLIP tower are its own where it has
+    any, as a fine-tune of the tower does."""
     path = folder / "config.json"
     check_original(fields, path)
-    tensors, tower = read_original_tensors(folder, vision_tower, fields["mm_vision_tower"])
     text_config = original_text_config(fields, path)
     old_vocab_size = text_config.vocab_size
-    tokens = _from_pretrained(AutoTokenizer, tokenizer or folder, "The tokenizer", config=text_config)
+    options = {"config": text_config, "padding_side": "left"}  # of generation; the sources state that of training
+    tokens = _from_pretrained(AutoTokenizer, tokenizer or folder, "The tokenizer", **options)
     add_special_tokens(tokens, text_config)
-    tokens.model_max_length = fields.get("tokenizer_model_max_length", tokens.model_max_length)
+    if type(longest := fields.get("tokenizer_model_max_length")) is int:
+        tokens.model_max_length = longest
+    tower = resolve_tower(vision_tower or fields["mm_vision_tower"], path)
     vision_config = _from_pretrained(AutoConfig, tower, "The config of the vision tower")
     vision_config = getattr(vision_config, "vision_config", vision_config)
+    if vision_config.model_type != "clip_vision_model":  # LLaVA's code reads these in other ways
+        raise ConversionError(f"{path}: the vision tower is a {vision_config.model_type}; only CLIP's is supported.")
     config = _make_config(
         LlavaConfig,
         path,
@@ -290,19 +343,24 @@ def read_original(
     check_vocabulary(tokens, config, path)
     images = _from_pretrained(AutoImageProcessor, tower, "The image processor")
     check_image_size(images, config, tower)
-    processor = build_processor(config, images, tokens, do_pad=fields.get("image_aspect_ratio") == "pad")
+    do_pad = fields.get("image_aspect_ratio") == "pad"
+    processor = convert_processor(config, LlavaProcessor(images, tokens), do_pad)
+    fetch_weights(name, revision, folder)
+    tensors = index_tensors(folder, NAMES)
+    if not any(key.startswith("model.vision_tower.") for key in tensors):
+        fetch_weights(vision_tower or fields["mm_vision_tower"], None, tower)
+        tensors |= index_tensors(tower, CLIP_NAMES)
     return Checkpoint(name, folder, config, fields, tensors, processor, old_vocab_size)
 
 
-def read_original_tensors(folder: Path, given: str | None, stated: str) -> tuple[dict[str, StoredTensor], Path]:
-    """Tensors of an original checkpoint, and the folder of its CLIP tower, whose weights are taken from there unless
-    the checkpoint holds them and no tower is given."""
-    tensors = index_tensors(folder, NAMES)
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.vision_tower.")}
-    if given is None and len(rest) < len(tensors):
-        return tensors, resolve_folder(stated, weights=False)
-    tower = resolve_folder(given or stated)
-    return rest | index_tensors(tower, CLIP_NAMES), tower
+def resolve_tower(name, path: Path) -> Path:
+    """The folder of the vision tower that an original config.json or an option names."""
+    if not isinstance(name, str):
+        raise ConversionError(f"{path}: mm_vision_tower is {name!r:.80}, not the name of a CLIP; give --vision-tower.")
+    try:
+        return resolve_folder(name)
+    except ConversionError as error:
+        raise ConversionError(f"The vision tower of {path}: {error} Name its CLIP with --vision-tower.") from error
 
 
 def original_text_config(fields: dict, path: Path):
@@ -324,22 +382,21 @@ def add_special_tokens(tokenizer, text_config) -> None:
     text_config.pad_token_id = tokenizer.pad_token_id
 
 
-def build_processor(
-    config: LlavaConfig, image_processor, tokenizer, do_pad: bool, chat_template: str | None = None
-) -> DPVRProcessor:
-    """The processor that travels with the checkpoint; without a chat template it takes LLaVA-1.5's. A tokenizer that
-    states no longest prompt gets the backbone's."""
-    longest = config.text_config.max_position_embeddings
+def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None) -> DPVRProcessor:
+    """The processor that travels with the checkpoint; without a chat template of its own it takes LLaVA-1.5's. A
+    tokenizer that states no longest prompt gets the backbone's."""
+    if do_pad is None:
+        do_pad = processor.image_processor.to_dict().get("do_pad") is not False  # CLIP's does not say; LLaVA pads
     try:
         return DPVRProcessor.from_llava(
-            tokenizer,
-            image_processor,
+            processor.tokenizer,
+            processor.image_processor,
             patch_size=config.vision_config.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
             do_pad=do_pad,
-            model_max_length=min(tokenizer.model_max_length, longest),
-            chat_template=chat_template,
+            model_max_length=min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings),
+            chat_template=own_template(processor),
         )
     except (TypeError, ValueError) as error:
         raise ConversionError(reason(error)) from error
@@ -349,13 +406,14 @@ def read_checkpoint(
     source: str, revision: str | None = None, tokenizer: str | None = None, vision_tower: str | None = None
 ) -> Checkpoint:
     """Reads configs, tokenizer and the names and shapes of all weights of a LLaVA checkpoint, in either layout."""
+    load_pickled.cache_clear()  # what an earlier call has read may have changed
     folder = resolve_folder(source, revision)
     fields = read_json(folder / "config.json")
     model_type = fields.get("model_type")
     if fields.get("quantization_config"):
         raise ConversionError(f"{source} is quantized; convert the checkpoint that it was quantized from.")
-    if "mm_vision_tower" in fields and model_type in ORIGINAL_BACKBONES:
-        return read_original(source, folder, fields, tokenizer, vision_tower)
+    if "mm_vision_tower" in fields and model_type in list(ORIGINAL_BACKBONES):
+        return read_original(source, revision, folder, fields, tokenizer, vision_tower)
     if model_type == "dpvr":
         raise ConversionError(f"{source} is a DPVR checkpoint already.")
     if model_type != "llava":
@@ -364,7 +422,7 @@ def read_checkpoint(
         )
     if vision_tower is not None:
         raise ConversionError(f"--vision-tower is for the original layout; {source} brings its own vision tower.")
-    return read_llava_hf(source, folder, fields, tokenizer)
+    return read_llava_hf(source, revision, folder, fields, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -443,7 +501,7 @@ def base_weights(checkpoint: Checkpoint) -> list[Weight]:
         if name in (EMBEDDINGS, HEAD) and shape[0] != checkpoint.old_vocab_size:
             source_shape = (checkpoint.old_vocab_size, *shape[1:])
             origin = f"{weight.origin}, and its mean in rows {source_shape[0]} to {shape[0]}"
-            weight = Weight(name, shape, MadeTensor(origin, partial(_grow, tensor, shape[0])))
+            weight = Weight(name, shape, MadeTensor(origin, partial(_grow, tensor, shape[0]), tensor))
         if tensor.shape != source_shape:
             raise ConversionError(
                 f"{tensor.key} in {tensor.path} has shape {tensor.shape}, but by the config it has {source_shape}."

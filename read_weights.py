@@ -76,6 +76,7 @@ class StoredTensor:
         dtype: as stored; None for types that are no weights, such as integers.
         stated_dtype: name of that type in the file.
         offset: first byte in a safetensors file; None in a pickled one.
+        version: size and time of last change, in nanoseconds, of its file when this was read.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class StoredTensor:
     dtype: torch.dtype | None
     stated_dtype: str
     offset: int | None = None
+    version: tuple[int, int] | None = None
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """Its numbers in order, in one-dimensional tensors of at most `PIECE_BYTES`."""
@@ -117,10 +119,11 @@ def _read_into(file, buffer: memoryview) -> bool:
 
 @dataclass(frozen=True)
 class MadeTensor:
-    """A tensor that no file holds: what it is, in words, and how it is made."""
+    """A tensor that no file holds: what it is, in words, how it is made, and what is read for it."""
 
     origin: str
     make: Callable[[], torch.Tensor]
+    read: StoredTensor | None = None
 
     def pieces(self) -> Iterator[torch.Tensor]:
         yield from self.make().flatten().split(PIECE_BYTES // 4)
@@ -151,9 +154,8 @@ class Weight:
         """
         for piece in self.source.pieces():
             result = piece.to(dtype)
-            if piece.dtype != dtype and is_finite(piece) and not is_finite(result):
-                least, most = (number.item() for number in piece.aminmax())
-                number, name = max(-least, most), str(dtype).removeprefix("torch.")
+            if piece.dtype != dtype and not is_finite(result) and (piece.isfinite() & ~result.isfinite()).any():
+                number, name = piece[piece.isfinite()].abs().max().item(), str(dtype).removeprefix("torch.")
                 limit = torch.finfo(dtype).max
                 raise ConversionError(
                     f"{self.name} ({self.origin}) holds numbers beyond the range of {name}: up to {number:.4g}, which "
@@ -170,6 +172,10 @@ def is_finite(piece: torch.Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------- one file
 
 
+def version_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, by its header alone.
 
@@ -177,7 +183,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         ConversionError: naming the file, the key and the values that disagree, unless the tensors fill the file
             exactly, one behind the other.
     """
-    header, data_start, file_bytes = _read_header(path)
+    header, data_start, version = _read_header(path)
+    file_bytes = version[0]
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ConversionError(f"{path}: __metadata__ in its header is {metadata!r:.80}, not names with strings.")
@@ -200,17 +207,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
             "bytes."
         )
     return {
-        key: StoredTensor(path, key, shape, FLOATS.get(dtype), dtype, data_start + begin)
+        key: StoredTensor(path, key, shape, FLOATS.get(dtype), dtype, data_start + begin, version)
         for key, (dtype, shape, begin, _) in spans.items()
     }, metadata
 
 
-def _read_header(path: Path) -> tuple[dict, int, int]:
-    """The header, where it ends, and the size of the file."""
+def _read_header(path: Path) -> tuple[dict, int, tuple[int, int]]:
+    """The header, where it ends, and the version of the file."""
     try:
         with path.open("rb") as file:
-            file_bytes, start = os.fstat(file.fileno()).st_size, file.read(8)
-            length = int.from_bytes(start, "little")
+            version, start = version_of(os.fstat(file.fileno())), file.read(8)
+            file_bytes, length = version[0], int.from_bytes(start, "little")
             limit = min(file_bytes - 8, MAX_HEADER_BYTES)
             text = file.read(length) if 0 < length <= limit else b""
     except OSError as error:
@@ -231,7 +238,7 @@ def _read_header(path: Path) -> tuple[dict, int, int]:
         raise ConversionError(f"{path} cannot be read: its header is not valid JSON: {reason(error)}") from error
     if not isinstance(header, dict):
         raise ConversionError(f"{path} cannot be read: its header is a {type(header).__name__}, not a JSON object.")
-    return header, 8 + length, file_bytes
+    return header, 8 + length, version
 
 
 def _unique(path: Path, pairs: list[tuple]) -> dict:
@@ -311,7 +318,7 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, by their names there, without their numbers."""
     if path.suffix != ".bin":
         return read_safetensors(path)[0]
-    names = {dtype: name for name, dtype in FLOATS.items()}
+    names, version = {dtype: name for name, dtype in FLOATS.items()}, version_of(path.stat())
     return {
         key: StoredTensor(
             path,
@@ -319,6 +326,7 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
             tuple(tensor.shape),
             tensor.dtype if tensor.dtype in names else None,
             names.get(tensor.dtype, str(tensor.dtype)),
+            version=version,
         )
         for key, tensor in load_pickled(path).items()
     }
@@ -338,14 +346,14 @@ def check_dtype(tensor: StoredTensor) -> None:
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a checkpoint, safetensors before .bin, and in which of them its index, if it has one, says
     that each tensor lies."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "pytorch_model.bin"):  # in the order in which transformers looks for them
         index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            check_inside(folder, folder / name)
+            return [folder / name], {}
         if index.is_file():
             weight_map = _read_weight_map(index)
             return [folder / file for file in sorted(set(weight_map.values()))], weight_map
-        if (folder / name).is_file():
-            _check_inside(folder, folder / name, "")
-            return [folder / name], {}
     raise ConversionError(
         f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index of either."
     )
@@ -364,12 +372,12 @@ def _read_weight_map(index: Path) -> dict[str, str]:
             raise ConversionError(f"{index} has {key} in {file!r:.300}, which is not a file of that folder.")
         if not os.path.isfile(index.parent / file):  # False for a name that is too long, too
             raise ConversionError(f"{index} has {key} in {file!r:.300}, which is not a file of that folder.")
-        _check_inside(index.parent, index.parent / file, f"; {index.name} has {key} there")
+        check_inside(index.parent, index.parent / file, f"; {index.name} has {key} there")
         checked.add(file)
     return weight_map
 
 
-def _check_inside(folder: Path, path: Path, why: str) -> None:
+def check_inside(folder: Path, path: Path, why: str = "") -> None:
     """Refuses links that lead out of a checkpoint's folder, but for those of the Hub's cache to its own blobs."""
     folder, target = folder.resolve(), path.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder

@@ -4,8 +4,9 @@
 """Write or check SHA256SUMS, the checksums of a release or of a converted checkpoint.
 
 The file has the format of `sha256sum`, which checks it too: `sha256sum --check SHA256SUMS`. It names each file under
-the folder; in a git checkout, each that git tracks. A check fails if a file differs, is missing, or is not named. What
-the Hub and its client add is left out, and so is a subfolder with a SHA256SUMS of its own, such as an adapter's.
+the folder; in a git checkout, each that git tracks. A check fails if a file differs, is missing, or is not named, and
+runs nothing that lies in the folder. What the Hub, its client and git add is left out, and so is a subfolder with a
+SHA256SUMS of its own, such as an adapter's.
 """
 
 import argparse
@@ -17,35 +18,48 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from read_weights import check_inside
+
 NAME = "SHA256SUMS"
-HUBS_OWN = (".gitattributes", ".cache")
+LEFT_OUT = (".gitattributes", ".cache", ".git")  # of the Hub, its client, and git
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
+def list_tracked(folder: Path) -> list[str]:
+    """Names, relative to the folder, of what git tracks in it. Runs git, which the folder's own config steers."""
+    output = subprocess.run(["git", "ls-files", "-z"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    return sorted(name for name in output.split("\0") if name and name != NAME)
+
+
 def list_files(folder: Path) -> list[str]:
-    """Names, relative to the folder, of what it releases, sorted.
+    """Names, relative to the folder, of all files in it, sorted."""
+    names = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if (path.is_symlink() or not path.is_dir()) and not _is_apart(folder, name) and name.name != NAME:
+            names.append(name.as_posix())
+    return sorted(names)
+
+
+def check_files(folder: Path, names: list[str]) -> None:
+    """Refuses what has no checksum of its own.
 
     Raises:
-        ValueError: a link leads out of the folder, or a name has a line break.
+        ValueError: a name has a line break, a link leads out of the folder, or something is no file.
     """
-    if (folder / ".git").exists():
-        output = subprocess.run(
-            ["git", "ls-files", "-z"], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout
-        names = [name for name in output.split("\0") if name]
-    else:
-        paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-        names = [path.as_posix() for path in paths if not _is_apart(folder, path)]
     for name in names:
         if "\n" in name:
             raise ValueError(f"{name!r} has a line break in its name, which {NAME} cannot hold.")
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{name} is a link that leads out of {folder}.")
-    return sorted(name for name in names if name != NAME)
+        check_inside(folder, folder / name)
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is no file, or a link to none.")
 
 
 def _is_apart(folder: Path, path: Path) -> bool:
-    return path.parts[0] in HUBS_OWN or any((folder / parent / NAME).is_file() for parent in path.parents[:-1])
+    return path.parts[0] in LEFT_OUT or any((folder / parent / NAME).is_file() for parent in path.parents[:-1])
 
 
 def compute_checksums(files: dict[str, Path]) -> dict[str, str]:
@@ -65,9 +79,13 @@ def compute_checksums(files: dict[str, Path]) -> dict[str, str]:
 
 def write_checksums(folder: Path, files: dict[str, Path] | None = None) -> Path:
     """Writes SHA256SUMS into `folder`, of files given by their names there or of all that it holds."""
-    if files is None:
-        files = {name: folder / name for name in list_files(folder)}
     path = folder / NAME
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; nothing is written through it.")
+    if files is None:
+        names = list_tracked(folder) if (folder / ".git").exists() else list_files(folder)
+        check_files(folder, names)
+        files = {name: folder / name for name in names}
     lines = [f"{checksum}  {name}\n" for name, checksum in compute_checksums(files).items()]
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -95,7 +113,9 @@ def find_faults(folder: Path) -> tuple[int, list[str]]:
     """How many files were compared, and a sentence for each that is not as SHA256SUMS says."""
     expected = read_checksums(folder / NAME)
     present = set(list_files(folder))
-    actual = compute_checksums({name: folder / name for name in sorted(present & set(expected))})
+    compared = sorted(present & set(expected))
+    check_files(folder, compared)
+    actual = compute_checksums({name: folder / name for name in compared})
     faults = [f"{name}: missing" for name in sorted(set(expected) - present)]
     faults += [f"{name}: not named in {NAME}" for name in sorted(present - set(expected))]
     faults += [f"{name}: is {actual[name]}, not {expected[name]}" for name in actual if actual[name] != expected[name]]

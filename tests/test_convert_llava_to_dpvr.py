@@ -2,11 +2,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The converter on small checkpoints with the key names and file layouts of the real ones."""
 
+import io
 import json
 import pickle
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from llava_checkpoints import (
@@ -15,6 +17,7 @@ from llava_checkpoints import (
     PAD,
     TEXT,
     TRANSFORMERS_4,
+    VISION,
     VOCABULARY,
     WORDS,
     Canary,
@@ -29,8 +32,14 @@ from llava_checkpoints import (
     write_original,
     write_weights,
 )
-from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import convert_llava_to_dpvr as converter
 import read_llava
@@ -150,14 +159,157 @@ def test_the_template_without_llavas_system_sentence_gives_way_to_the_one_with_i
     assert prompt.endswith("USER: hello ASSISTANT:")
 
 
-def test_vision_tower_option_replaces_the_one_inside(tmp_path):
+def test_a_tower_inside_is_kept_where_the_option_gives_its_config(tmp_path):
+    """As of a fine-tune that trained its tower, and names it by a path of the trainer's machine."""
     model = make_llava()
-    source = write_original(tmp_path / "llava", model, tower="inside")
-    other = {key.replace("model.vision_tower.", "vision_model."): t + 1 for key, t in model.state_dict().items()}
-    write_weights(tmp_path / "clip", {k: t for k, t in other.items() if k.startswith("vision_model")}, ".bin", 1)
+    source = write_original(tmp_path / "llava", model, tower="inside", mm_vision_tower="/home/trainer/clip")
+    with pytest.raises(ConversionError, match="The vision tower of .*: .*Name its CLIP with --vision-tower"):
+        convert(source, tmp_path / "dpvr")
     convert(source, tmp_path / "dpvr", vision_tower=str(tmp_path / "clip"))
     key = "model.vision_tower.pre_layrnorm.weight"
-    assert torch.equal(read_output(tmp_path / "dpvr")[key], model.state_dict()[key] + 1)
+    assert torch.equal(read_output(tmp_path / "dpvr")[key], model.state_dict()[key])
+
+
+def test_a_tower_that_is_not_clips_is_refused_in_the_original_layout(tmp_path):
+    source = write_original(tmp_path / "llava", make_llava())
+    tower = {name: value for name, value in VISION.items() if name != "model_type"}
+    SiglipVisionModel(SiglipVisionConfig(**tower)).save_pretrained(tmp_path / "siglip")
+    with pytest.raises(ConversionError, match="the vision tower is a siglip_vision_model; only CLIP's is supported"):
+        convert(source, tmp_path / "dpvr", vision_tower=str(tmp_path / "siglip"))
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("layout", ["llava-hf", "original"])
+def test_the_template_of_a_tokenizer_is_kept_and_takes_images(tmp_path, layout):
+    write = write_llava_hf if layout == "llava-hf" else write_original
+    source = write(tmp_path / "llava", make_llava())
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHATML}))
+    convert(source, tmp_path / "dpvr")
+    content = [{"type": "image"}, {"type": "text", "text": "w5"}, {"type": "image"}, {"type": "text", "text": "w6"}]
+    messages = [{"role": "system", "content": "w4"}, {"role": "user", "content": content}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
+        "<|im_start|>system\nw4<|im_end|><|im_start|>user\n<image>\n<image>\nw5 w6<|im_end|><|im_start|>assistant\n"
+    )
+
+
+def test_the_original_layout_pads_as_generation_needs_it_whatever_training_did(tmp_path):
+    source = write_original(tmp_path / "llava", make_llava())
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "right"}))
+    convert(source, tmp_path / "dpvr")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    inputs = processor(text=["w5", "w5 w6 w7"], padding=True, return_tensors="pt")
+    assert inputs["attention_mask"].tolist()[0][0] == 0
+    assert inputs["attention_mask"].tolist()[0][-1] == 1
+
+
+def test_a_source_that_has_only_a_sentencepiece_model_gives_its_ids(tmp_path):
+    """As liuhaotian/llava-v1.5-7b."""
+    source, model = write_original(tmp_path / "llava", make_llava()), io.BytesIO()
+    sentences = ["the quick brown fox jumps over the lazy dog", "what is in this picture", "USER: hello ASSISTANT:"]
+    special = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences * 5),
+        model_writer=model,
+        vocab_size=96,
+        model_type="bpe",
+        minloglevel=2,
+        **special,
+    )
+    for path in source.glob("*token*.json"):
+        path.unlink()
+    (source / "tokenizer.model").write_bytes(model.getvalue())
+    words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    fields = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, "padding_side": "right"}
+    (source / "tokenizer_config.json").write_text(json.dumps(fields | words))
+    convert(source, tmp_path / "dpvr")
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True).tokenizer
+    expected = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode("what is the fox over")
+    assert tokenizer("what is the fox over").input_ids == [1, *expected]
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [96, 97]
+
+
+def test_a_tokenizer_option_serves_a_source_without_one(tmp_path):
+    source = write_llava_hf(tmp_path / "llava", make_llava())
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).rename(tmp_path / "tokenizer" / name)
+    with pytest.raises(ConversionError, match="The processor cannot be loaded"):
+        convert(source, tmp_path / "dpvr")
+    convert(source, tmp_path / "dpvr", tokenizer=str(tmp_path / "tokenizer"))
+    assert_same_weights(read_output(tmp_path / "dpvr"), make_llava().state_dict())
+
+
+def test_of_two_sets_of_weights_transformers_choice_is_converted(tmp_path):
+    """A model that was saved again into the folder of its shards leaves these and their index behind."""
+    source = write_llava_hf(
+        tmp_path / "llava", make_llava(), change=lambda tensors: tensors["language_model.lm_head.weight"].zero_()
+    )
+    newer = write_llava_hf(tmp_path / "newer", make_llava(), num_files=1)
+    (newer / "model.safetensors").rename(source / "model.safetensors")
+    convert(source, tmp_path / "dpvr")
+    assert_same_weights(
+        read_output(tmp_path / "dpvr"), LlavaForConditionalGeneration.from_pretrained(source).state_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"---\nlicense: [\n---\n",
+        b"---\n- a\n- list\n---\n",
+        b"---\nmodel-index:\n- name: x\n  results:\n  - task: {type: a}\n---\n",
+        "caf\u00e9".encode("latin-1"),
+    ],
+)
+def test_a_broken_card_of_the_source_costs_nothing(tmp_path, source, card):
+    (source / "README.md").write_bytes(card)
+    convert(source, tmp_path / "dpvr")
+    assert "license: other" in (tmp_path / "dpvr" / "README.md").read_text()
+
+
+def test_a_dry_run_finds_a_broken_generation_config(tmp_path, source):
+    (source / "generation_config.json").write_text("{")
+    with pytest.raises(ConversionError, match="generation_config.json is not valid JSON"):
+        convert(source, tmp_path / "dpvr", dry_run=True)
+
+
+def test_an_adapter_of_another_routing_or_base_is_refused_with_both_values(tmp_path, source):
+    from training.adapters import add_adapter, save_adapter
+
+    for name, options in (("same", {}), ("fusion", {"num_fusion_layers": 2})):
+        convert(source, tmp_path / f"{name} base", **options)
+        base = AutoModelForImageTextToText.from_pretrained(tmp_path / f"{name} base", trust_remote_code=True)
+        save_adapter(add_adapter(base), tmp_path / name, "me/dpvr")
+    convert(source, tmp_path / "dpvr", adapter=tmp_path / "same")
+    with pytest.raises(ConversionError, match="num_fusion_layers=2, but the model has num_fusion_layers=1"):
+        convert(source, tmp_path / "other", adapter=tmp_path / "fusion")
+    negated = write_llava_hf(tmp_path / "negated", make_llava(), change=lambda all: [t.neg_() for t in all.values()])
+    with pytest.raises(ConversionError, match="has other weights: value 0 of model.multi_modal_projector.linear_1"):
+        convert(negated, tmp_path / "other", adapter=tmp_path / "same")
+    path = tmp_path / "same" / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt", "base_sample": "[1]"})
+    with pytest.raises(ConversionError, match="states a base_sample that is no sample of weights"):
+        convert(source, tmp_path / "other", adapter=tmp_path / "same")
+
+
+def test_what_was_read_before_is_not_taken_for_what_is_there_now(tmp_path):
+    source = write_llava_hf(tmp_path / "llava", make_llava(), suffix=".bin", num_files=1)
+    convert(source, tmp_path / "first", dry_run=True)
+    newer = make_llava(initializer_range=0.5)
+    for weight in newer.parameters():
+        weight.data.mul_(2)
+    (source / "pytorch_model.bin").unlink()
+    write_weights(source, newer.state_dict(), ".bin", 1)
+    convert(source, tmp_path / "dpvr")
+    assert_same_weights(read_output(tmp_path / "dpvr"), newer.state_dict())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -464,6 +616,8 @@ def test_configs_that_are_refused(tmp_path, source, fields, message):
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"vocab_size": WORDS + 2}, r"embed_tokens\.weight in .* has shape \(96, 32\), .* \(98, 32\)"),
         ({"mm_vision_tower": "no/such/tower"}, "'no/such/tower' is neither a folder nor a Hub repository"),
+        ({"mm_vision_tower": None}, "mm_vision_tower is None, not the name of a CLIP; give --vision-tower"),
+        ({"model_type": []}, r"model_type \[\]"),
     ],
 )
 def test_original_configs_that_are_refused(tmp_path, fields, message):

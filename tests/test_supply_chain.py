@@ -1,7 +1,10 @@
 """What the Hub files import and call, which versions they are tested with, and checksums that notice a change."""
 
 import ast
+import hashlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +25,7 @@ REACHES_OUT = {
     *("__builtins__", "__globals__", "__loader__", "__subclasses__", "hub", "import_module", "load_library"),
     *("open", "popen", "read_bytes", "read_text", "run", "spawn", "system", "unlink", "urlopen", "write_bytes"),
     *("write_text", "cpp_extension", "load_url", "download_url_to_file", "dynamic_module_utils", "requests", "httpx"),
+    *("load", "save", "serialization", "pickle", "os", "sys", "subprocess", "importlib", "builtins"),
 }
 
 
@@ -50,9 +54,13 @@ def find_faults(source: str) -> list[str]:
             faults.append(f"line {line}: names {node.id}")
         if isinstance(node, ast.Attribute) and node.attr in REACHES_OUT:
             faults.append(f"line {line}: reaches {node.attr}")
-        is_load = isinstance(node, ast.Attribute) and node.attr in ("load", "save")
-        if is_load and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            faults.append(f"line {line}: calls torch.{node.attr}")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            of, name, *_ = node.args
+            is_plain = isinstance(name, ast.Constant) and name.value not in REACHES_OUT
+            if not is_plain and not (isinstance(name, ast.Name) and isinstance(of, ast.Name | ast.Attribute)):
+                faults.append(f"line {line}: gets {ast.unparse(name)} of {ast.unparse(of)}")
+            if isinstance(of, ast.Name) and of.id in PACKAGES:
+                faults.append(f"line {line}: gets an attribute of {of.id} by its name")
     return faults
 
 
@@ -84,6 +92,13 @@ def test_hub_files_import_torch_transformers_and_each_other_and_run_or_open_noth
         "open('a')",
         "e = eval",
         "torch.load('a')",
+        "import torch as t\nt.load('a')",
+        "from torch import load",
+        "torch.serialization.load('a')",
+        "torch.jit.load('a')",
+        "getattr(torch, 'load')",
+        "torch.os.remove('a')",
+        "from transformers.utils import os",
         "torch.hub.load('a', 'b')",
         "().__class__.__base__.__subclasses__()",
         "f.__globals__['os']",
@@ -103,7 +118,8 @@ def test_the_check_covers_the_files_that_travel_with_a_checkpoint():
 
 def test_every_requirement_has_a_lowest_version_and_no_highest():
     versions = lowest_versions.lowest_versions(ROOT / "requirements.txt")
-    assert set(versions) == {"torch", "transformers", "safetensors", "huggingface_hub", "jinja2", "pillow", "tqdm"}
+    packages = {"torch", "transformers", "safetensors", "huggingface_hub", "jinja2", "pillow", "tqdm"}
+    assert set(versions) == packages | {"sentencepiece", "protobuf"}
     assert versions["transformers"] == "5.23.0"
 
 
@@ -164,7 +180,62 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(release, tmp_path_factor
     outside.write_text("secret")
     (release / "link.txt").symlink_to(outside)
     assert checksums.main([str(release)]) == 1
-    assert "link.txt is a link that leads out of" in capsys.readouterr().err
+    assert "link.txt is a link that leaves the folder" in capsys.readouterr().err
+
+
+def test_links_to_folders_and_to_nothing_are_not_overlooked(release, tmp_path_factory, capsys):
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "evil.py").write_text("")
+    (release / "sub" / "link").symlink_to(outside)
+    (release / "nothing").symlink_to(release / "none")
+    assert checksums.main([str(release), "--check"]) == 1
+    output = capsys.readouterr().out
+    assert "nothing: not named in SHA256SUMS\nsub/link: not named in SHA256SUMS\n" in output
+    (release / "with space.txt").unlink()
+    (release / "with space.txt").symlink_to(release / "none")
+    assert checksums.main([str(release), "--check"]) == 1
+    assert "with space.txt is no file, or a link to none" in capsys.readouterr().err
+
+
+def test_nothing_is_written_through_a_link(release, tmp_path, capsys):
+    (release / "SHA256SUMS").unlink()
+    (release / "SHA256SUMS").symlink_to(tmp_path / "elsewhere")
+    assert checksums.main([str(release)]) == 1
+    assert "SHA256SUMS is a link; nothing is written through it" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_snapshot_of_the_hubs_cache_is_checked_through_its_links(release, tmp_path, capsys):
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    shutil.copytree(release, snapshot)
+    blobs.mkdir()
+    for path in [path for path in snapshot.rglob("*") if path.is_file()]:
+        blob = blobs / hashlib.sha256(path.name.encode()).hexdigest()
+        path.rename(blob)
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    assert checksums.main([str(snapshot), "--check"]) == 0
+    (snapshot / "model.safetensors").resolve().write_bytes(b"other")
+    assert checksums.main([str(snapshot), "--check"]) == 1
+    assert "model.safetensors: is " in capsys.readouterr().out
+
+
+def test_a_check_runs_nothing_that_the_folder_brings_and_sees_what_its_git_does_not(release, capsys):
+    subprocess.run(["git", "init", "-q", release], check=True)
+    subprocess.run(["git", "add", "."], cwd=release, check=True)
+    subprocess.run(["git", "config", "core.fsmonitor", f"touch {release / 'canary'}; false"], cwd=release, check=True)
+    (release / "evil.py").write_text("")
+    assert checksums.main([str(release), "--check"]) == 1
+    assert "evil.py: not named in SHA256SUMS\n" in capsys.readouterr().out
+    assert not (release / "canary").exists()
+
+
+def test_a_tracked_file_that_is_gone_is_refused_with_a_sentence(tmp_path, capsys):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "gone.py").write_text("")
+    subprocess.run(["git", "add", "gone.py"], cwd=tmp_path, check=True)
+    (tmp_path / "gone.py").unlink()
+    assert checksums.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "gone.py is no file, or a link to none.\n"
 
 
 def test_a_checkout_lists_what_git_tracks(tmp_path):
