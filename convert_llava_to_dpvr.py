@@ -26,10 +26,16 @@ from transformers import LlavaConfig
 from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, prefill_loads
 from configuration_dpvr import AUTO_MAP, DPVRConfig
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
-from read_weights import ConversionError, StoredTensor, Weight, read_json, reason
+from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
 from scripts.checksums import write_checksums
 from scripts.publish import publish
-from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights, side_branch_weights
+from side_branch_weights import (
+    adapter_file,
+    adapter_saturation_layer,
+    adapter_weights,
+    check_adapter_fits,
+    side_branch_weights,
+)
 from write_checkpoint import (
     Staging,
     check_output,
@@ -64,14 +70,22 @@ def make_dpvr_config(config: LlavaConfig, routing: dict[str, int], dtype: str) -
         raise ConversionError(reason(error)) from error
 
 
-def write_generation_config(folder: Path, checkpoint: Checkpoint) -> None:
+def make_generation_config(checkpoint: Checkpoint) -> dict:
     """The source's own, if it has one; its tokens are set where the source had no `<pad>`."""
     path, text = checkpoint.folder / "generation_config.json", checkpoint.config.text_config
     fields = read_json(path) if path.is_file() else {"bos_token_id": text.bos_token_id}
     fields.setdefault("eos_token_id", text.eos_token_id)
     if "mm_vision_tower" in checkpoint.fields or fields.get("pad_token_id") is None:
         fields["pad_token_id"] = checkpoint.processor.tokenizer.pad_token_id
-    write_json(folder / "generation_config.json", fields)
+    return fields
+
+
+def read_card(folder: Path) -> dict:
+    """What the source's README.md states of licence and the like; nothing if it is no model card."""
+    try:
+        return ModelCard.load(folder / "README.md").data.to_dict()
+    except Exception:  # YAML by anyone's hand, of any encoding; no reason to refuse the weights
+        return {}
 
 
 @dataclass(frozen=True)
@@ -90,12 +104,11 @@ class Plan:
     tensors: list[StoredTensor]
     dtype: torch.dtype
 
-    def sources(self) -> dict[str, list[int]]:
-        """Size and time of last change, in nanoseconds, of every file that is read."""
-        stored = [weight.source for shard in self.shards.values() for weight in shard]
-        paths = {source.path for source in stored if isinstance(source, StoredTensor)} | set(self.linked.values())
-        stats = {str(path): path.stat() for path in sorted(paths)}
-        return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+    def sources(self) -> dict[str, tuple[int, int]]:
+        """Every file that is read or linked to, and its version when its header was read."""
+        sources = [weight.source for shard in self.shards.values() for weight in shard]
+        stored = [source.read if isinstance(source, MadeTensor) else source for source in sources]
+        return {str(tensor.path): tensor.version for tensor in [*stored, *self.tensors] if tensor}
 
     def request(self) -> dict:
         """All that decides about the bytes of the weights, as JSON."""
@@ -133,8 +146,11 @@ def plan_links(checkpoint: Checkpoint, base: list[Weight], branch: list[Weight],
     # transformers looks for model.safetensors before an index
     names = {weight.source.path: weight.source.path.name for weight in base}
     names = {path: "model-base.safetensors" if name == "model.safetensors" else name for path, name in names.items()}
-    if SIDE_BRANCH_FILE in names.values():
-        raise ConversionError(f"--link: {checkpoint.folder} has a {SIDE_BRANCH_FILE} already.")
+    if len({*names.values(), SIDE_BRANCH_FILE}) <= len(names):
+        raise ConversionError(
+            f"--link: {checkpoint.folder} has files named as those to be written, model-base.safetensors or "
+            f"{SIDE_BRANCH_FILE}; convert without --link."
+        )
     linked = {name: path for path, name in names.items()}
     return Plan({SIDE_BRANCH_FILE: branch} if branch else {}, linked, [weight.source for weight in base], dtype)
 
@@ -142,14 +158,13 @@ def plan_links(checkpoint: Checkpoint, base: list[Weight], branch: list[Weight],
 def write_weights(staging: Staging, plan: Plan, progress: bool) -> tuple[dict[str, str], list[tuple[str, str, int]]]:
     """Weights and their index. Returns which files were copied where links were asked for, and why, and how many
     numbers are not finite, by file and key of the source."""
-    before = plan.sources()
     copied = link_files(staging, plan.linked)
     write_shards(staging, plan.shards, plan.dtype, progress)
-    for path, identity in plan.sources().items():
-        if identity != before[path]:
+    for path, version in plan.sources().items():
+        if (now := version_of(Path(path).stat())) != version:
             raise ConversionError(
-                f"{path} was changed while it was read: it had {before[path][0]} bytes, now it has {identity[0]}, or "
-                "was written again."
+                f"{path} was changed while it was read: it had {version[0]} bytes, now it has {now[0]}, or was "
+                "written again."
             )
     files = {path: name for name, path in plan.linked.items()}
     entries = [
@@ -173,6 +188,7 @@ def write_folder(
     staging: Staging,
     checkpoint: Checkpoint,
     config: DPVRConfig,
+    generation_config: dict,
     plan: Plan,
     summary: "ConversionSummary",
     progress: bool,
@@ -188,7 +204,7 @@ def write_folder(
     except Exception as error:  # tokenizers has no type of its own for a full disk
         raise ConversionError(f"The processor cannot be written: {reason(error)}.") from error
     config.to_json_file(folder / "config.json")
-    write_generation_config(folder, checkpoint)
+    write_json(folder / "generation_config.json", generation_config)
     for name in CODE_FILES:
         shutil.copyfile(HERE / name, folder / name)
     (folder / "README.md").write_text(model_card(checkpoint, summary), encoding="utf-8")
@@ -348,8 +364,7 @@ def model_card(checkpoint: Checkpoint, summary: ConversionSummary) -> str:
     """README.md of the converted checkpoint. A folder's name stands for a source that is no Hub repository."""
     is_local = Path(checkpoint.name).is_dir()
     source = checkpoint.folder.name if is_local else checkpoint.name
-    card = checkpoint.folder / "README.md"
-    origin = ModelCard.load(card).data.to_dict() if card.is_file() else {}
+    origin = read_card(checkpoint.folder)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -431,7 +446,7 @@ def choose_dtype(asked: str, checkpoint: Checkpoint) -> str:
     """The type asked for; for `auto` the config's, else that of the embeddings in the source."""
     fields, name = checkpoint.fields, asked
     if asked == "auto":
-        text = fields.get("text_config") or {}
+        text = fields["text_config"] if isinstance(fields.get("text_config"), dict) else {}
         stated = [part.get(key) for part in (fields, text) for key in ("dtype", "torch_dtype")]
         embeddings = checkpoint.tensors.get(EMBEDDINGS)
         stored = str(embeddings.dtype).removeprefix("torch.") if embeddings else None
@@ -476,6 +491,7 @@ def convert(
             `"random"` (as the backbone initialises a layer, from `seed`).
         adapter: Trained side branch, a safetensors file or a folder with one; replaces the initialisation.
         vision_tower: Hub id or folder of the CLIP tower of an original checkpoint, instead of its `mm_vision_tower`.
+            Weights of the tower that the checkpoint itself holds are taken from there.
         tokenizer: Hub id or folder of the tokenizer, instead of the one in the source.
         dtype: `"auto"` (the source's), `"bfloat16"`, `"float16"` or `"float32"`.
         revision: Branch, tag or commit of a source on the Hub.
@@ -500,10 +516,11 @@ def convert(
         "num_fusion_layers": num_fusion_layers,
     }
     dtype = choose_dtype(dtype, checkpoint)
-    config = make_dpvr_config(checkpoint.config, routing, dtype)
+    config, generation_config = make_dpvr_config(checkpoint.config, routing, dtype), make_generation_config(checkpoint)
     base = base_weights(checkpoint)
     branch = side_branch_weights(base, config, side_branch_init, seed)
     if trained:
+        check_adapter_fits(trained, config, base, checkpoint.name)
         branch, side_branch_init = adapter_weights(trained, branch), "trained"
     if link:
         plan = plan_links(checkpoint, base, branch, DTYPES[dtype])
@@ -513,9 +530,17 @@ def convert(
     if dry_run:
         return summary
     summary = dataclasses.replace(summary, output=output, linked=plan.linked)
-    with staged(output, plan.request()) as staging:
+    request = {
+        **plan.request(),
+        "config": config.to_json_string(use_diff=False),
+        "generation_config": generation_config,
+        "processor": checkpoint.processor.to_json_string(),
+        "tokenizer": tokenizer,
+        "chat_template": checkpoint.processor.chat_template,
+    }
+    with staged(output, request) as staging:
         if not staging.is_done:
-            summary = write_folder(staging, checkpoint, config, plan, summary, progress)
+            summary = write_folder(staging, checkpoint, config, generation_config, plan, summary, progress)
     return summary
 
 
@@ -549,6 +574,12 @@ def layer_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def seed_number(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise ValueError(text)
+    return int(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Make a DPVR checkpoint from a LLaVA-1.5 checkpoint.",
@@ -576,7 +607,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, if not the source's")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: the source's")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    parser.add_argument("--seed", type=int, default=0, help="for --side-branch-init random")
+    parser.add_argument("--seed", type=seed_number, default=0, help="for --side-branch-init random")
     parser.add_argument(
         "--link", action="store_true", help="make hard links to the source's weight files, write only the side branch"
     )

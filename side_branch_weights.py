@@ -2,7 +2,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The weights of the side branch: untrained, made from the layers of the backbone, or a trained adapter."""
 
+import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,28 @@ import torch
 
 from configuration_dpvr import DPVRConfig
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, check_dtype, read_json, read_safetensors
+
+ROUTING = ("saturation_layer", "num_side_layers", "num_fusion_layers")
+SHAPE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+# A base model is known by the first values of these: small, trained in every LLaVA, and rounded by no quantization
+SAMPLED = (
+    "model.multi_modal_projector.linear_1.weight",
+    "model.multi_modal_projector.linear_2.weight",
+    "model.multi_modal_projector.linear_1.bias",
+    "model.language_model.norm.weight",
+)
+SAMPLE_SIZE = 8
+SAMPLE_TOLERANCE = 0.01  # relative; bfloat16 and float16 round by less than 0.5 %
+
+
+# ---------------------------------------------------------------------------------------------- untrained
 
 
 def _normal(shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
@@ -45,6 +69,53 @@ def side_branch_weights(base: list[Weight], config: DPVRConfig, init: str, seed:
     return weights
 
 
+# ---------------------------------------------------------------------------------------------- what it belongs to
+
+
+def describe(config: DPVRConfig) -> dict[str, str]:
+    """Routing and decoder shape, as the metadata of trained weights state them."""
+    text = config.text_config
+    return {
+        **{name: str(getattr(config, name)) for name in ROUTING},
+        **{f"text_config.{name}": str(getattr(text, name)) for name in SHAPE if hasattr(text, name)},
+    }
+
+
+def make_sample(read: Callable[[str], list[float] | None]) -> dict[str, list[float]]:
+    """The first values of a few weights of a base model, as metadata state them. `read` gives the values of a weight
+    by its name, or None."""
+    values = {name: read(name) for name in SAMPLED}
+    return {name: [float(f"{value:.6g}") for value in numbers] for name, numbers in values.items() if numbers}
+
+
+def find_mismatch(
+    path: Path, stated: dict[str, str], config: DPVRConfig, sample: dict[str, list[float]], base: str
+) -> str | None:
+    """Compares what the metadata of a file of trained weights states, as far as it does, with the model called `base`.
+    Returns a sentence that names the first field or weight that differs and both values, or None."""
+    for field, value in describe(config).items():
+        if stated.get(field, value) != value:
+            return (
+                f"{path} was trained for {field}={stated[field]}, but the model has {field}={value}. Take the model "
+                "that it was trained for, or train anew for this one."
+            )
+    try:
+        there = json.loads(stated.get("base_sample", "{}"))
+        for name, values in sample.items():
+            for i, (ours, theirs) in enumerate(zip(values, there.get(name, []), strict=False)):
+                if abs(ours - theirs) > SAMPLE_TOLERANCE * max(abs(ours), abs(theirs)) + 1e-6:
+                    return (
+                        f"{path} was trained on {stated.get('base_model', 'another base')}, but {base} has other "
+                        f"weights: value {i} of {name} is {ours:g}, there it was {theirs:g}."
+                    )
+    except (AttributeError, TypeError, ValueError):
+        return f"{path} states a base_sample that is no sample of weights: {stated['base_sample']:.80}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- trained
+
+
 def adapter_file(adapter: str) -> Path:
     path = Path(adapter)
     if path.is_dir():
@@ -67,6 +138,21 @@ def adapter_saturation_layer(path: Path) -> int | None:
     if stated is not None and not re.fullmatch(r"[0-9]{1,9}", str(stated)):
         raise ConversionError(f"{path} states a saturation layer {stated!r}, which is no number.")
     return None if stated is None else int(stated)
+
+
+def check_adapter_fits(path: Path, config: DPVRConfig, base: list[Weight], name: str) -> None:
+    """Refuses an adapter of another routing, decoder or base than the one called `name`.
+
+    Raises:
+        ConversionError: naming the field or weight and both values.
+    """
+    sources = {weight.name: weight.source for weight in base if isinstance(weight.source, StoredTensor)}
+
+    def read(weight: str) -> list[float] | None:
+        return next(sources[weight].pieces())[:SAMPLE_SIZE].tolist() if weight in sources else None
+
+    if mismatch := find_mismatch(path, read_safetensors(path)[1], config, make_sample(read), name):
+        raise ConversionError(mismatch)
 
 
 def adapter_weights(path: Path, untrained: list[Weight]) -> list[Weight]:

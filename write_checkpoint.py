@@ -58,12 +58,13 @@ def sync(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- staging
 
 
-def journal_of(output: Path) -> Path:
-    return output.parent / f".{output.name}.partial.json"
-
-
 def staging_of(output: Path) -> Path:
+    output = Path(os.path.abspath(output))  # "sub/.." has no name to put anything beside
     return output.parent / f".{output.name}.partial"
+
+
+def journal_of(output: Path) -> Path:
+    return staging_of(output).with_suffix(".partial.json")
 
 
 def read_journal(text: bytes) -> list[dict]:
@@ -94,6 +95,8 @@ def check_output(output: Path, source: Path) -> None:
         raise ConversionError(f"{output} cannot be written: {error.strerror}.") from error
     if is_link:
         raise ConversionError(f"{output} is a symbolic link; nothing is overwritten.")
+    if target == Path.cwd():
+        raise ConversionError(f"The output {output} is the current folder; give the name of one to make.")
     if source == target:
         raise ConversionError(f"The output {output} is the source; nothing is overwritten.")
     if source in target.parents:
@@ -108,7 +111,7 @@ def check_output(output: Path, source: Path) -> None:
 def locked(journal: Path, output: Path) -> Iterator[BinaryIO]:
     """The journal, open and locked by this process alone, made if there is none."""
     while True:
-        with open(os.open(journal, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+        with open(os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -149,6 +152,8 @@ class Staging:
 def _resume(output: Path, journal: BinaryIO, request: dict) -> Staging:
     """What an earlier conversion with the same request has left, or an empty folder."""
     folder, lines = staging_of(output), read_journal(journal.read())
+    if folder.is_symlink():
+        raise ConversionError(f"{folder} is a symbolic link; what it leads to is left alone. Remove it.")
     is_same = bool(lines) and lines[0] == json.loads(json.dumps(request))
     if is_same and was_renamed(output):
         return Staging(folder, journal, {}, is_done=True)
@@ -416,23 +421,36 @@ def write_shards(staging: Staging, shards: dict[str, list[Weight]], dtype: torch
 
 def link_files(staging: Staging, files: dict[str, Path]) -> dict[str, str]:
     """Makes hard links to files of the source, by their new names. Returns which were copied instead, and why."""
-    copied = {}
     for name, path in files.items():
-        target = staging.folder / name
-        if name in staging.finished:
-            copied[name] = staging.finished[name]["reason"]
-            continue
-        try:
-            os.link(path.resolve(), target)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-                raise
-            check_room(staging.folder, path.stat().st_size)
-            copied[name] = error.strerror
-            _copy_file(path, target)
-            staging.note(shard=name, reason=error.strerror)
-            staging.finished[name] = {"reason": error.strerror}
-    return copied
+        if not _is_copied(staging, name):
+            _link_or_copy(staging, name, path)
+    return {name: staging.finished[name]["reason"] for name in files if name in staging.finished}
+
+
+def _is_copied(staging: Staging, name: str) -> bool:
+    """Whether an earlier conversion has copied this file, and the copy is still what was noted."""
+    if name not in staging.finished:
+        return False
+    with contextlib.suppress(OSError):
+        if _checksum(staging.folder / name) == staging.finished[name]["checksum"]:
+            return True
+    del staging.finished[name]
+    return False
+
+
+def _link_or_copy(staging: Staging, name: str, path: Path) -> None:
+    target = staging.folder / name
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path.resolve(), target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        check_room(staging.folder, path.stat().st_size)
+        line = {"shard": name, "reason": error.strerror, "checksum": _copy_file(path, target)}
+        sync(staging.folder)
+        staging.note(**line)
+        staging.finished[name] = line
 
 
 def _file_pieces(path: Path) -> Iterator[memoryview]:
@@ -442,20 +460,27 @@ def _file_pieces(path: Path) -> Iterator[memoryview]:
             yield buffer[:count]
 
 
-def _copy_file(path: Path, target: Path) -> None:
-    written, checksum, copy_checksum = target.with_name(target.name + ".tmp"), 0, 0
+def _checksum(path: Path) -> int:
+    checksum = 0
+    for data in _file_pieces(path):
+        checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+def _copy_file(path: Path, target: Path) -> int:
+    """Returns the checksum of both."""
+    written, checksum = target.with_name(target.name + ".tmp"), 0
     with written.open("wb", buffering=0) as file:
         for data in _file_pieces(path):
             checksum = zlib.crc32(data, checksum)
             write_all(file, data)
         os.fsync(file.fileno())
-    for data in _file_pieces(written):
-        copy_checksum = zlib.crc32(data, copy_checksum)
-    if copy_checksum != checksum:
+    if (copy_checksum := _checksum(written)) != checksum:
         raise ConversionError(
             f"The copy of {path} differs from it when read back: checksum {copy_checksum:08x}, not {checksum:08x}."
         )
     os.replace(written, target)
+    return checksum
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("adapter", help="Hub id or folder of the adapter")
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument("--subfolder", metavar="PATH", help="of the adapter in its folder or repository")
-    parser.add_argument("--dtype", default="auto", help="of the base, such as bfloat16 (default: as stored)")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the base (default: auto, as stored)")
     options = parser.parse_args(arguments)
     try:
         merge(options.base, options.adapter, options.output, options.subfolder, options.dtype)

@@ -472,6 +472,19 @@ def test_lora_that_does_not_fit_is_refused_and_the_base_is_as_before(tmp_path, c
     assert set(base.state_dict()) == names
 
 
+@pytest.mark.parametrize("fields", [{"peft_type": "FOO"}, {"target_modules": 5}, {"target_modules": "(("}])
+def test_a_config_that_peft_cannot_use_is_refused_and_the_base_is_as_before(tmp_path, fields):
+    save_adapter(add_adapter(make_base(), "fusion"), tmp_path, BASE)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    base = make_base()
+    before, names = logits(base), set(base.state_dict())
+    with pytest.raises(AdapterError, match=r"adapter_config.json is no config that PEFT can (read|apply): "):
+        load_adapter(base, tmp_path)
+    assert torch.equal(logits(base), before)
+    assert set(base.state_dict()) == names
+
+
 # ---------------------------------------------------------------------------------------------- LLaVA as the base
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from kill_conversions import contents, identities
 from llava_checkpoints import make_llava, read_output, write_llava_hf
+from safetensors.torch import load_file, save_file
 
 import convert_llava_to_dpvr as converter
 import write_checkpoint
@@ -194,6 +195,63 @@ def test_a_source_that_changes_under_the_conversion_is_refused(tmp_path, source,
     with pytest.raises(ConversionError, match=r"\.safetensors was changed while it was read"):
         convert(source, tmp_path / "dpvr")
     assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+
+
+def test_a_source_that_is_written_anew_between_its_header_and_its_numbers_is_refused(tmp_path, source, monkeypatch):
+    summarize = converter.summarize
+
+    def write_anew(*args):
+        for path in source.glob("*.safetensors"):
+            save_file(dict(reversed(load_file(path).items())), path, {"format": "pt"})
+        return summarize(*args)
+
+    monkeypatch.setattr(converter, "summarize", write_anew)
+    with pytest.raises(ConversionError, match=r"\.safetensors was changed while it was read"):
+        convert(source, tmp_path / "dpvr")
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+
+
+def test_a_conversion_killed_after_its_rename_is_not_taken_for_another_one(tmp_path, source, monkeypatch):
+    output, sync = tmp_path / "dpvr", write_checkpoint.sync
+
+    def interrupt_when_it_is_there(path):
+        if path == tmp_path and output.exists():
+            raise KeyboardInterrupt
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write_checkpoint, "sync", interrupt_when_it_is_there)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, output)
+    before = contents(output)
+    for options in ({"num_fusion_layers": 2}, {"tokenizer": str(source)}):
+        with pytest.raises(ConversionError, match="is not an empty folder; nothing is overwritten"):
+            convert(source, output, **options)
+    assert contents(output) == before
+
+
+def test_links_in_the_place_of_its_own_files_are_not_followed(tmp_path, source):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    (tmp_path / "notes.json").write_text("mine")
+    (tmp_path / ".dpvr.partial").symlink_to("precious")
+    with pytest.raises(ConversionError, match=r"\.dpvr\.partial is a symbolic link; what it leads to is left alone"):
+        convert(source, tmp_path / "dpvr")
+    (tmp_path / ".dpvr.partial").unlink()
+    (tmp_path / ".dpvr.partial.json").symlink_to("notes.json")
+    with pytest.raises(ConversionError, match="Too many levels of symbolic links"):
+        convert(source, tmp_path / "dpvr")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == (tmp_path / "notes.json").read_text() == "mine"
+    assert not (tmp_path / "dpvr").exists()
+
+
+def test_the_current_folder_is_refused_with_a_word(tmp_path, source, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (".", "../here", "sub/.."):
+        with pytest.raises(ConversionError, match="is the current folder; give the name of one to make"):
+            convert(source, output)
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_two_conversions_to_one_folder_at_once(tmp_path, source, capsys):

@@ -15,6 +15,7 @@ from kill_conversions import contents
 from llava_checkpoints import IMAGE, TRANSFORMERS_4, make_llava, write_llava_hf, write_original
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+import convert_llava_to_dpvr as converter
 from convert_llava_to_dpvr import ConversionError, convert
 
 BRANCH = "model-side-branch.safetensors"
@@ -104,10 +105,46 @@ def test_where_links_cannot_be_the_files_are_copied_with_a_word(tmp_path, monkey
         assert not (tmp_path / "dpvr" / name).samefile(source / name)
 
 
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_copy_that_was_damaged_after_a_kill_is_made_again(tmp_path, monkeypatch, damage):
+    source = write_llava_hf(tmp_path / "llava", make_llava())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def link(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", link)
+    with monkeypatch.context() as patch:
+        patch.setattr(converter, "write_shards", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "dpvr", link=True)
+    first, second, third = sorted((tmp_path / ".dpvr.partial").glob("*.safetensors"))
+    kept = third.stat().st_ino
+    if damage == "gone":
+        first.unlink()
+    else:
+        first.write_bytes(first.read_bytes()[:-4] + b"\0\0\0\0")
+    second.write_bytes(b"")
+    convert(source, tmp_path / "dpvr", link=True)
+    for path in source.glob("*.safetensors"):
+        assert (tmp_path / "dpvr" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "dpvr" / third.name).stat().st_ino == kept
+
+
 def test_links_that_are_refused(tmp_path):
     model = make_llava()
     deeper = [(r"^model\.language_model\.", "model."), *TRANSFORMERS_4]
+    named = write_llava_hf(tmp_path / "e", model, num_files=2)
+    index = json.loads((named / "model.safetensors.index.json").read_text())
+    names = dict(zip(sorted(set(index["weight_map"].values())), ("base.safetensors", BRANCH), strict=True))
+    for old, new in names.items():
+        (named / old).rename(named / new)
+    index["weight_map"] = {key: names[file] for key, file in index["weight_map"].items()}
+    (named / "model.safetensors.index.json").write_text(json.dumps(index))
     cases = {
+        "has files named as those to be written": (named, "auto"),
         "is stored as F32, but torch.bfloat16 is asked for": (write_llava_hf(tmp_path / "a", model), "bfloat16"),
         "is no safetensors file": (write_llava_hf(tmp_path / "b", model, suffix=".bin"), "auto"),
         "has the original layout": (write_original(tmp_path / "c", model, ".safetensors"), "auto"),

@@ -56,7 +56,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from convert_llava_to_dpvr import choose_saturation_layer, make_dpvr_config
 from processing_dpvr import DPVRProcessor
-from read_llava import build_processor, is_bare_template
+from read_llava import convert_processor
+from side_branch_weights import ROUTING, SAMPLE_SIZE, describe, find_mismatch, make_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = "adapter_config.json", "adapter_model.safetensors", "side_branch.safetensors"
@@ -65,24 +66,6 @@ BRANCH_LEAVES = r"(.*\.)?side_branch\.layers\.\d+\.(.+\.)?\w*(proj|norm)"
 FUSION_PROJECTIONS = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w+_proj"
 FUSION_LEAVES = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w*(proj|norm)"
 BRANCH = r"(.*\.)?side_branch(\..*)?"
-ROUTING = ("saturation_layer", "num_side_layers", "num_fusion_layers")
-SHAPE = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-# A base model is known by the first values of these: small, trained in every LLaVA, and rounded by no quantization
-SAMPLED = (
-    "model.multi_modal_projector.linear_1.weight",
-    "model.multi_modal_projector.linear_2.weight",
-    "model.multi_modal_projector.linear_1.bias",
-    "model.language_model.norm.weight",
-)
-SAMPLE_SIZE = 8
-SAMPLE_TOLERANCE = 0.01  # relative; bfloat16 and float16 round by less than 0.5 %
 
 
 class AdapterError(ValueError):
@@ -223,22 +206,15 @@ def sample_base(
     model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor] | None = None
 ) -> dict[str, list[float]]:
     """The first values of a few weights of the base model, without those that are quantized or not in memory."""
-    state, sample = base_state(model, state_dict), {}
-    for name in SAMPLED:
+    state = base_state(model, state_dict)
+
+    def read(name: str) -> list[float] | None:
         weight = state.get(name)
         weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        if type(weight) is torch.Tensor and weight.is_floating_point() and not weight.is_meta:
-            sample[name] = [float(f"{value:.6g}") for value in weight.flatten()[:SAMPLE_SIZE].tolist()]
-    return sample
+        is_plain = type(weight) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
+        return weight.flatten()[:SAMPLE_SIZE].tolist() if is_plain else None
 
-
-def describe(config) -> dict[str, str]:
-    """Routing and decoder shape of a DPVR config, as an adapter's metadata states them."""
-    text = config.text_config
-    return {
-        **{name: str(getattr(config, name)) for name in ROUTING},
-        **{f"text_config.{name}": str(getattr(text, name)) for name in SHAPE if hasattr(text, name)},
-    }
+    return make_sample(read)
 
 
 def check_adapter(path: Path, model: PreTrainedModel | PeftModel) -> None:
@@ -271,21 +247,9 @@ def check_trained_for(path: Path, stated: dict[str, str], base: PreTrainedModel)
     Raises:
         AdapterError: naming the field or weight and both values.
     """
-    for field, value in describe(base.config).items():
-        if stated.get(field, value) != value:
-            raise AdapterError(
-                f"{path} was trained for {field}={stated[field]}, but the model has {field}={value}. Take the model "
-                "that it was trained for, or train anew for this one."
-            )
-    there = json.loads(stated.get("base_sample", "{}"))
-    for name, values in sample_base(base).items():
-        for i, (ours, theirs) in enumerate(zip(values, there.get(name, []), strict=False)):
-            if abs(ours - theirs) > SAMPLE_TOLERANCE * max(abs(ours), abs(theirs)) + 1e-6:
-                raise AdapterError(
-                    f"{path} was trained on {stated.get('base_model', 'another base')}, but "
-                    f"{base.name_or_path or 'the model'} has other weights: value {i} of {name} is {ours:g}, there it "
-                    f"was {theirs:g}."
-                )
+    name = base.name_or_path or "the model"
+    if mismatch := find_mismatch(path, stated, base.config, sample_base(base), name):
+        raise AdapterError(mismatch)
 
 
 def branch_name(key: str) -> str | None:
@@ -424,13 +388,16 @@ def load_adapter(
     _check_name_is_free(model, name)
     weights = load_file(path)
     if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
-        config = PeftConfig.from_pretrained(str(path.parent))
+        config = _read_config(path.parent)
     else:
         config = LNTuningConfig(target_modules=BRANCH_LEAVES)
         weights = {_tuned(branch_name(key)): weight for key, weight in weights.items()}
     config.inference_mode = not is_trainable
     was_adapted = isinstance(model, PeftModel)
-    model = _inject(model, config, name)
+    try:
+        model = _inject(model, config, name)
+    except (re.error, AttributeError, KeyError, TypeError, ValueError) as error:  # fields of any type
+        raise AdapterError(f"{path.parent / CONFIG_FILE} is no config that PEFT can apply: {error}") from error
     try:
         _set_weights(model, weights, name, path)
     except BaseException:
@@ -438,6 +405,14 @@ def load_adapter(
         raise
     model.set_adapter(name, inference_mode=not is_trainable)
     return model if is_trainable else model.eval()
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # fields of any type
+        what = f"{type(error).__name__}: {error}"
+        raise AdapterError(f"{folder / CONFIG_FILE} is no config that PEFT can read: {what}") from error
 
 
 def _set_weights(model: PeftModel, weights: dict[str, torch.Tensor], name: str, path: Path) -> None:
@@ -547,9 +522,7 @@ def processor_from_llava(llava: str | Path, **kwargs) -> DPVRProcessor:
     template of a checkpoint that has one of its own. `kwargs` are those of `from_pretrained`: `revision`, ..."""
     config = _llava_config(llava, **kwargs)
     processor = AutoProcessor.from_pretrained(llava, **kwargs)
-    do_pad = processor.image_processor.to_dict().get("do_pad")  # CLIP's does not say; LLaVA pads
-    template = None if is_bare_template(processor) else processor.chat_template
-    return build_processor(config, processor.image_processor, processor.tokenizer, do_pad is not False, template)
+    return convert_processor(config, processor)
 
 
 def _llava_config(llava: str | Path, **kwargs) -> LlavaConfig:
