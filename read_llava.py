@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from tokenizers import normalizers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -27,6 +28,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
@@ -320,6 +322,7 @@ def read_original(
     options = {"config": text_config, "padding_side": "left"}  # of generation; the sources state that of training
     tokens = _from_pretrained(AutoTokenizer, tokenizer or folder, "The tokenizer", **options)
     add_special_tokens(tokens, text_config)
+    tokens = as_original_tokenizer(tokens)
     if type(longest := fields.get("tokenizer_model_max_length")) is int:
         tokens.model_max_length = longest
     tower = resolve_tower(vision_tower or fields["mm_vision_tower"], path)
@@ -380,6 +383,19 @@ def add_special_tokens(tokenizer, text_config) -> None:
     if len(tokenizer) > text_config.vocab_size:
         text_config.vocab_size = -(-len(tokenizer) // 64) * 64
     text_config.pad_token_id = tokenizer.pad_token_id
+
+
+def as_original_tokenizer(tokenizer):
+    """The tokenizer of a SentencePiece model, so that "▁" stands before any text behind `<image>`, as in the original,
+    which encodes what stands before and behind an image apart, and by llava-hf's tokenizer.json. Transformers' class
+    for Llama puts none there, also when it loads a tokenizer.json that says otherwise."""
+    backend = tokenizer.backend_tokenizer
+    if getattr(backend.pre_tokenizer, "prepend_scheme", None) != "first":
+        return tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "padding_side", "model_max_length", "chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{name: getattr(tokenizer, name) for name in names})
 
 
 def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None) -> DPVRProcessor:

@@ -18,6 +18,7 @@ import random
 import resource
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,6 +37,7 @@ from saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fu
 from saturation_report import read_summary, write_report
 from saturation_rule import KL_THRESHOLD, AnalysisError, summarize
 
+from configuration_dpvr import BACKBONES
 from processing_dpvr import CHAT_TEMPLATE
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -43,6 +45,10 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 # ------------------------------------------------------------------------------------------------------------- data
+
+
+class SampleError(AnalysisError):
+    """A sample that cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,13 @@ class Sample:
     images: tuple
     question: str
     answer: str | None = None
+
+    def digest(self) -> str:
+        """Of all that is shown and asked, and the answer."""
+        digest = hashlib.sha256(json.dumps([self.question, self.answer]).encode())
+        for image in self.images:
+            digest.update(image.tobytes() if isinstance(image, Image.Image) else image.read_bytes())
+        return digest.hexdigest()[:16]
 
 
 def embedded_samples(per_kind: int, seed: int) -> list[Sample]:
@@ -76,7 +89,8 @@ def folder_samples(folder: Path, question: str) -> list[Sample]:
 def read_entries(path: Path) -> list:
     try:
         text = path.read_text(encoding="utf-8")
-        entries = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
+        lines = text.split("\n")  # a string may hold what splitlines takes for the end of one
+        entries = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise AnalysisError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, list):
@@ -84,31 +98,35 @@ def read_entries(path: Path) -> list:
     return entries
 
 
-def llava_samples(path: Path, images: Path) -> tuple[list[Sample], int]:
+def llava_samples(path: Path, images: Path) -> tuple[list[Sample], list[str]]:
     """Samples of LLaVA's training format (`conversations`, whose first turns count) or of its questions (`text`), and
-    the number of entries without an image, which are left out."""
-    samples, without = [], 0
+    a sentence for each reason for which entries are left out."""
+    samples, left_out = [], Counter()
     for index, entry in enumerate(read_entries(path)):
         where = f"{path}, entry {index}"
         if not isinstance(entry, dict):
             raise AnalysisError(f"{where} is a {type(entry).__name__}, not an object.")
         if not entry.get("image"):
-            without += 1
+            left_out["have no image"] += 1
             continue
-        names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+        paths = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+        paths = [images / name for name in paths]
         turns = [turn.get("value", "") for turn in entry.get("conversations") or []]
-        if not turns and "text" in entry:
+        if turns:
+            paths = paths[: turns[0].count("<image>")]  # the others belong to later turns
+        elif "text" in entry:
             turns = [entry["text"]]
-        if not turns:
+        else:
             raise AnalysisError(f"{where} has neither conversations nor text.")
-        paths = tuple(images / name for name in names)
-        for each in paths:
-            if not each.is_file():
-                raise AnalysisError(f"{where} names the image {each}, which is no file.")
-        question = turns[0].replace("<image>", "").strip()
-        name = str(entry.get("id", entry.get("question_id", index)))
-        samples.append(Sample(f"{index}:{name}", paths, question, turns[1] if len(turns) > 1 else None))
-    return samples, without
+        if not paths:
+            left_out["have no image in their first turn"] += 1
+        elif not all(each.is_file() for each in paths):
+            left_out[f"name images that are no files in {images}"] += 1
+        else:
+            question = turns[0].replace("<image>", "").strip()
+            name = str(entry.get("id", entry.get("question_id", index)))
+            samples.append(Sample(f"{index}:{name}", tuple(paths), question, turns[1] if len(turns) > 1 else None))
+    return samples, [f"{number} entries of {path} {reason} and are left out." for reason, number in left_out.items()]
 
 
 def choose_samples(args: argparse.Namespace) -> list[Sample]:
@@ -123,9 +141,8 @@ def choose_samples(args: argparse.Namespace) -> list[Sample]:
         if args.data.is_dir():
             samples = folder_samples(args.data, args.question)
         else:
-            samples, without = llava_samples(args.data, args.image_folder or args.data.parent)
-            if without:
-                print(f"{without} entries of {args.data} have no image and are left out.", file=sys.stderr)
+            samples, left_out = llava_samples(args.data, args.image_folder or args.data.parent)
+            print("".join(f"{sentence}\n" for sentence in left_out), end="", file=sys.stderr)
         random.Random(args.seed).shuffle(samples)
     samples = samples[: args.samples]
     if not samples:
@@ -158,6 +175,9 @@ def load_model(args: argparse.Namespace):
         if "trust_remote_code" in reason:
             reason = "it holds code of its own. Read it, then pass --trust-remote-code."
         raise AnalysisError(f"{args.model} cannot be loaded: {reason}") from error
+    text_config = getattr(config, "text_config", None)
+    if getattr(text_config, "model_type", None) not in BACKBONES:
+        raise AnalysisError(f"{args.model} has no backbone that DPVR routes: {', '.join(BACKBONES)}.")
     stack = getattr(getattr(model, "model", None), "language_model", None)
     if not hasattr(stack, "layers") or not hasattr(model.config, "image_token_id"):
         raise AnalysisError(f"{args.model} is a {type(model).__name__}, not a LLaVA: it has no model.language_model.")
@@ -189,7 +209,7 @@ def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:
     """The sample as the model takes it.
 
     Raises:
-        AnalysisError: naming the sample, if an image cannot be read, no vision token or no text behind it is there,
+        SampleError: naming the sample, if an image cannot be read, no vision token or no text behind it is there,
             or the prompt is longer than the backbone's sliding window.
     """
     try:
@@ -208,12 +228,12 @@ def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:
             if name not in ("attention_mask", "mm_token_type_ids")  # no padding; a dense LLaVA takes no types
         }
         made = Prompt(inputs, inputs["input_ids"][0] == model.config.image_token_id, length)
-    except (OSError, ValueError) as error:
-        raise AnalysisError(f"Sample {sample.id}: {error}") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise SampleError(f"Sample {sample.id}: {error}") from error
     text = model.config.text_config
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or []
     if window and len(made.is_vision) > window and ("sliding_attention" in kinds or not kinds):
-        raise AnalysisError(
+        raise SampleError(
             f"Sample {sample.id}: {len(made.is_vision)} tokens exceed text_config.sliding_window={window}, which the "
             "layers are not measured beyond."
         )
@@ -302,6 +322,7 @@ def make_settings(args: argparse.Namespace, model) -> dict:
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": args.attention,
         "data": "embedded digit task" if args.data is None else str(args.data),
+        "image_folder": str(args.image_folder) if args.image_folder else None,
         "question": args.question if args.data is not None and args.data.is_dir() else None,
         "seed": args.seed,
         "answers": args.answers,
@@ -315,50 +336,73 @@ def pending_samples(samples: list[Sample], rows: list[dict], path: Path) -> Iter
     """Samples that no row is about.
 
     Raises:
-        AnalysisError: a row of that name is about another question.
+        AnalysisError: a row of that name is about another question, image or answer.
     """
-    asked = {row["sample"]: row["question"] for row in rows}
+    asked = {row["sample"]: row for row in rows}
     for sample in samples:
-        if sample.id not in asked:
+        if (row := asked.get(sample.id)) is None:
             yield sample
-        elif asked[sample.id] != sample.question:
+        elif row["question"] != sample.question:
             raise AnalysisError(
-                f"{path} has sample {sample.id} with the question {asked[sample.id]!r}, but the data now ask "
+                f"{path} has sample {sample.id} with the question {row['question']!r}, but the data now ask "
                 f"{sample.question!r}. Choose another --output, or --restart to discard its results."
+            )
+        elif row["digest"] != sample.digest():
+            raise AnalysisError(
+                f"{path} has sample {sample.id} with other images or another answer than the data now have. Choose "
+                "another --output, or --restart to discard its results."
             )
 
 
+def check_layers(args: argparse.Namespace, num_layers: int) -> None:
+    if args.layers and args.layers[-1] >= num_layers:
+        raise AnalysisError(f"--layers names layer {args.layers[-1]}, but the decoder has {num_layers}, from 0 on.")
+    if args.num_fusion_layers >= num_layers:
+        raise AnalysisError(f"--num-fusion-layers {args.num_fusion_layers} leaves no other of {num_layers} layers.")
+
+
 def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dict]]:
-    """Measures the samples that OUTPUT lacks; returns settings and the rows of all, in order."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "maps").mkdir(exist_ok=True)
+    """Measures the samples that OUTPUT lacks; returns settings and the rows of all, in order. A sample that cannot be
+    measured is told and left out.
+
+    Raises:
+        AnalysisError: no sample can be measured, or what was measured before is not of this model or data.
+    """
     model, processor = load_model(args)
+    num_layers = model.config.text_config.num_hidden_layers
+    check_layers(args, num_layers)
+    (args.output / "maps").mkdir(parents=True, exist_ok=True)
     settings = make_settings(args, model)
     check_settings(args.output / "settings.json", settings)
     path = args.output / "samples.jsonl"
     rows = read_rows(path)
-    pending = list(pending_samples(samples, rows, path))
-    num_layers = settings["num_hidden_layers"]
-    if args.layers and args.layers[-1] >= num_layers:
-        raise AnalysisError(f"--layers names layer {args.layers[-1]}, but the decoder has {num_layers}, from 0 on.")
+    pending, is_checked = list(pending_samples(samples, rows, path)), False
     passes = num_passes(args.metrics, range(num_layers) if args.layers is None else args.layers)
-    if pending:
-        check_backbone(model, make_prompt(model, processor, pending[0], args.answers))
     done = len(samples) - len(pending)
     with tqdm(total=len(samples) * passes, initial=done * passes, unit="pass", disable=None) as bar:
         for sample in pending:
             bar.set_description(f"sample {sample.id}")
-            prompt = make_prompt(model, processor, sample, args.answers)
+            try:
+                prompt = make_prompt(model, processor, sample, args.answers)
+            except SampleError as error:
+                tqdm.write(f"left out: {error}", file=sys.stderr)
+                bar.update(passes)
+                continue
+            if not is_checked:
+                check_backbone(model, prompt)
+                is_checked = True
             values, maps = measure(model, prompt, args.metrics, args.layers, args.num_fusion_layers, bar.update)
             tokens = {"vision_tokens": int(prompt.is_vision.sum()), "tokens": len(prompt.is_vision)}
             index = samples.index(sample)
             if maps is not None and index < args.maps:
                 save_maps(args.output / "maps" / f"{index:04}.npz", sample, maps, picture_of(prompt, processor))
-            row = {"sample": sample.id, "question": sample.question, **tokens, **values}
+            row = {"sample": sample.id, "question": sample.question, "digest": sample.digest(), **tokens, **values}
             append_row(path, row)
             rows.append(row)
     by_name = {row["sample"]: row for row in rows}
-    return settings, [by_name[sample.id] for sample in samples]
+    if not by_name:
+        raise AnalysisError(f"None of {len(samples)} samples can be measured.")
+    return settings, [by_name[sample.id] for sample in samples if sample.id in by_name]
 
 
 def save_maps(path: Path, sample: Sample, maps: torch.Tensor, picture: np.ndarray | None) -> None:

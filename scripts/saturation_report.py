@@ -276,7 +276,8 @@ def find_kl(summary: dict) -> str:
     own, layer = curve(summary, "routing_own"), summary["settings"]["saturation_layer"]
     if own is not None:
         identity = curve(summary, "routing")[layer]
-        parts.append(f"its own side branch costs {own[layer]:.2g} nats at layer {layer}, an identity {identity:.2g}")
+        beside = "" if np.isnan(identity) else f", an identity {identity:.2g}"
+        parts.append(f"its own side branch costs {own[layer]:.2g} nats at layer {layer}{beside}")
     text = "; ".join(parts) or "freezing vision in one layer costs at most {:.2g} nats".format(
         np.nanmax(curve(summary, "contribution"))
     )
@@ -291,7 +292,8 @@ def find_cost(summary: dict) -> str:
     entry = summary["cost"][layer - 1]
     return (
         f"With S = {layer}, reading {tokens} takes {entry['flops_ratio']:.0%} of the decoder's FLOPs and leaves "
-        f"{entry['cache_ratio']:.0%} of the KV cache, by formula and with the side branch's own."
+        f"{entry['cache_ratio']:.0%} of the KV cache, by formula; the side branch's own, which only a later image "
+        "reads, is not in it."
     )
 
 

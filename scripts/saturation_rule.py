@@ -11,8 +11,9 @@ S may be any layer from 1 to F, the first fusion layer, where text meets vision 
    KL exceeds the threshold even at F, where the fusion layer must then still read vision, the routing KL takes its
    place: DPVR brings vision back there.
 2. By attention: the first layer of the plateau, on which the mean text-to-image attention of every layer up to F - 1
-   is at most half of the largest of all layers, and they differ by at most 5 % of that. If there is none, attention
-   has no say, nor has that of a DPVR, whose text-only layers hold no vision. Both numbers are ours.
+   is at most half of the largest of all layers, and they differ by at most 5 % of that. A plateau has at least a
+   quarter of the decoder's layers: of the last few alone any curve that falls has one. If there is none, attention
+   has no say, nor has that of a DPVR, whose text-only layers hold no vision. The three numbers are ours.
 3. The later of the two. Its 95 % interval is that of the same rule on 1,000 bootstrap resamples of the samples.
 
 KL decides: text may attend to an image whose content it already holds, and the reverse. The plateau can only make the
@@ -30,6 +31,7 @@ from configuration_dpvr import DPVRConfig
 
 KL_THRESHOLD = 0.003
 FALLEN, FLAT = 0.5, 0.05  # of the largest attention: where a plateau begins, how flat it is
+PLATEAU = 0.25  # of the decoder's layers: how long it is at least
 RESAMPLES = 1000
 
 
@@ -40,7 +42,7 @@ class AnalysisError(ValueError):
 def plateau_layer(attention: np.ndarray, fusion: int) -> int | None:
     """The first layer of the plateau of a curve `(L,)` of attention by layer; None if it does not fall to one."""
     largest = attention.max()
-    for layer in range(1, fusion):
+    for layer in range(1, fusion + 1 - math.ceil(PLATEAU * len(attention))):
         rest = attention[layer:fusion]
         if rest.max() <= FALLEN * largest and np.ptp(rest) <= FLAT * largest:
             return layer

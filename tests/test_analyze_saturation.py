@@ -423,7 +423,19 @@ def test_the_plateau_of_the_abstracts_curve_begins_at_layer_4_and_one_that_does_
     assert rule.plateau_layer(abstract, 31) == 4
     abstract[20] = 0.3
     assert rule.plateau_layer(abstract, 31) == 21
+    abstract[23:] = np.linspace(0.3, 0.02, 9)
+    assert rule.plateau_layer(abstract, 31) is None  # fewer than 8 of 32 layers are none
     assert rule.plateau_layer(np.full(8, 0.5), 7) is None
+    assert rule.plateau_layer(np.linspace(0.68, 0.02, 32), 31) is None
+
+
+def test_a_curve_without_a_plateau_leaves_the_choice_to_the_kl():
+    kl, falls = np.where(np.arange(32) < 10, 1.0, 1e-4), np.linspace(0.68, 0.02, 32)
+    choice = rule.choose_layer({"attention": falls, "withdrawal": kl}, 31, 0.003)
+    assert (choice.layer, choice.by_attention) == (10, None)
+    rng = np.random.default_rng(0)
+    noisy = [np.concatenate([[0.68], rng.uniform(0.02, 0.3, 31)]) for _ in range(200)]
+    assert all(rule.plateau_layer(curve, 31) is None for curve in noisy)
 
 
 def test_the_kl_layer_is_the_first_from_which_on_no_later_layer_exceeds_the_threshold():
@@ -613,6 +625,51 @@ def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
         list(analysis.pending_samples([sample], rows, digits_run))
 
 
+def test_other_images_or_answers_under_the_same_names_are_not_mixed(tmp_path, capsys):
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (40, 30), colour).save(tmp_path / name / f"{i}.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "seven"}]
+    entries = [{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(2)]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(entries))
+    options = ("--data", data, "--metrics", "withdrawal", "--layers", "7", "--answers")
+    assert run(tmp_path / "run", *options, "--image-folder", tmp_path / "a", "--samples", 1) == 0
+    assert run(tmp_path / "run", *options, "--image-folder", tmp_path / "b") == 1
+    assert "image_folder=" in capsys.readouterr().err
+    for i in range(2):
+        (tmp_path / "b" / f"{i}.png").replace(tmp_path / "a" / f"{i}.png")
+    assert run(tmp_path / "run", *options, "--image-folder", tmp_path / "a") == 1
+    assert "with other images or another answer" in capsys.readouterr().err
+
+
+def test_samples_that_cannot_be_measured_are_told_and_left_out(tmp_path, capsys):
+    Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    names = ["good.png", "bomb.png", "broken.png", "missing.png", "good.png"]
+    turns = [{"from": "human", "value": "<image>\nWhat\u2028?"}, {"from": "gpt", "value": "seven"}]
+    entries = [{"image": name, "conversations": turns} for name in names]
+    entries[-1] |= {"image": ["good.png", "bomb.png"]}  # the second is in a later turn
+    entries.append({"image": "good.png", "conversations": [{"value": "What?"}, *turns]})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    assert run(tmp_path / "run", "--data", data, "--metrics", "withdrawal", "--layers", "7") == 0
+    error = capsys.readouterr().err
+    assert "1 entries of " in error
+    assert f"name images that are no files in {tmp_path} and are left out" in error
+    assert "have no image in their first turn and are left out" in error
+    assert "left out: Sample 1:1: Image size (400000000 pixels) exceeds limit" in error
+    assert "left out: Sample 2:2: cannot identify image file" in error
+    rows, summary = results(tmp_path / "run")
+    assert sorted(row["sample"] for row in rows) == ["0:0", "4:4"]
+    assert summary["samples"] == 2
+    data.write_text(json.dumps(entries[2]))
+    assert run(tmp_path / "other", "--data", data) == 1
+    assert "None of 1 samples can be measured" in capsys.readouterr().err
+
+
 def test_dense_and_dpvr_are_compared_in_the_same_plots(digits_run, dpvr_folder, tmp_path, capsys):
     assert run(tmp_path / "no", dpvr_folder) == 1
     assert "--trust-remote-code" in capsys.readouterr().err
@@ -644,7 +701,8 @@ def test_llavas_data_format_is_measured_with_its_answers(tmp_path, capsys):
     write_pictures(tmp_path, 3)
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "seven"}]
     entries = [{"id": f"e{i}", "image": f"{i}.png", "conversations": turns} for i in range(2)]
-    entries += [{"id": "two", "image": ["1.png", "2.png"], "conversations": turns}, {"conversations": turns}]
+    two = [{"from": "human", "value": "<image>\n<image>\nWhat is it?"}, turns[1]]
+    entries += [{"id": "two", "image": ["1.png", "2.png"], "conversations": two}, {"conversations": turns}]
     data = tmp_path / "data.json"
     data.write_text(json.dumps(entries))
     options = ("--data", data, "--metrics", "attention,withdrawal", "--layers", "0,7", "--answers")
@@ -668,9 +726,9 @@ def test_question_files_and_folders_of_pictures_are_read(tmp_path):
     assert found == {"0.png": "What?", "1.png": "How many?"}
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question_id": 5, "image": "0.png", "text": "Which?"}\n')
-    samples, without = analysis.llava_samples(questions, tmp_path)
+    samples, left_out = analysis.llava_samples(questions, tmp_path)
     assert [(s.id, s.question, s.answer) for s in samples] == [("0:5", "Which?", None)]
-    assert without == 0
+    assert left_out == []
     args = analysis.make_parser().parse_args(["--data", str(tmp_path), "--samples", "1"])
     every = analysis.make_parser().parse_args(["--data", str(tmp_path)])
     assert analysis.choose_samples(args) == analysis.choose_samples(every)[:1]
@@ -683,7 +741,7 @@ def test_question_files_and_folders_of_pictures_are_read(tmp_path):
         ('{"a": 1}', "holds a dict, not a list"),
         ("[3]", "entry 0 is a int"),
         ('[{"image": "0.png"}]', "entry 0 has neither conversations nor text"),
-        ('[{"image": "no.png", "text": "?"}]', "no.png, which is no file"),
+        ('[{"image": "no.png", "text": "?"}]', "1 entries of "),
         ("[]", "holds no question"),
     ],
 )
@@ -701,6 +759,9 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
     assert "cannot be loaded" in capsys.readouterr().err
     assert run(tmp_path / "run", "--questions", 1, "--layers", "3-9") == 1
     assert "layer 9, but the decoder has 8" in capsys.readouterr().err
+    assert run(tmp_path / "run", "--questions", 1, "--num-fusion-layers", 8) == 1
+    assert "--num-fusion-layers 8 leaves no other of 8 layers" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # the corrected command is not refused for what was refused
     for wrong in (("--layers", "x"), ("--metrics", "colour"), ("--samples", "0")):
         with pytest.raises(SystemExit):
             run(tmp_path / "run", *wrong)

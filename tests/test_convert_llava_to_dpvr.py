@@ -32,6 +32,7 @@ from llava_checkpoints import (
     write_original,
     write_weights,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -210,30 +211,30 @@ def test_the_original_layout_pads_as_generation_needs_it_whatever_training_did(t
     assert inputs["attention_mask"].tolist()[0][-1] == 1
 
 
-def test_a_source_that_has_only_a_sentencepiece_model_gives_its_ids(tmp_path):
-    """As liuhaotian/llava-v1.5-7b."""
-    source, model = write_original(tmp_path / "llava", make_llava()), io.BytesIO()
+def test_a_source_that_has_only_a_sentencepiece_model_gives_the_originals_ids(tmp_path):
+    """As liuhaotian/llava-v1.5-7b, whose code encodes what stands before and behind an image apart."""
+    source, file = write_original(tmp_path / "llava", make_llava()), io.BytesIO()
     sentences = ["the quick brown fox jumps over the lazy dog", "what is in this picture", "USER: hello ASSISTANT:"]
-    special = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    like_llamas = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "unk_id": 0, "bos_id": 1}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences * 5),
-        model_writer=model,
-        vocab_size=96,
-        model_type="bpe",
-        minloglevel=2,
-        **special,
+        sentence_iterator=iter(sentences * 5), model_writer=file, vocab_size=96, model_type="bpe", **like_llamas
     )
     for path in source.glob("*token*.json"):
         path.unlink()
-    (source / "tokenizer.model").write_bytes(model.getvalue())
+    (source / "tokenizer.model").write_bytes(file.getvalue())
     words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     fields = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, "padding_side": "right"}
     (source / "tokenizer_config.json").write_text(json.dumps(fields | words))
     convert(source, tmp_path / "dpvr")
-    tokenizer = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True).tokenizer
-    expected = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode("what is the fox over")
-    assert tokenizer("what is the fox over").input_ids == [1, *expected]
-    assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [96, 97]
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    assert processor.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [96, 97]
+    original = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+    for text in ("what is the fox over", "USER: <image>what is <image> this ASSISTANT:", "<image>", "the<image>"):
+        first, *others = map(original.encode, text.split("<image>"))
+        images = [Image.new("RGB", (28, 28))] * len(others)
+        inputs = processor(images=images or None, text=text)
+        assert inputs["input_ids"][0] == [1, *first, *(i for ids in others for i in [96] * 4 + ids)], text
+    assert processor.tokenizer.decode(processor.tokenizer("the quick fox").input_ids[1:]) == "the quick fox"
 
 
 def test_a_tokenizer_option_serves_a_source_without_one(tmp_path):
