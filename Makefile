@@ -1,8 +1,9 @@
 # Python and make are all that is needed: `make demo`, `make test`. Everything is installed into .venv.
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build. Elsewhere a bare torch brings gigabytes of CUDA; the package itself takes any torch.
 TORCH ?= torch==2.13.0
+# PyPI's torch for Linux brings gigabytes of CUDA; https://download.pytorch.org/whl/cpu here takes the build for CPUs
+TORCH_INDEX ?=
 
 .PHONY: help demo test test-eval test-lowest lint clean
 help:
@@ -14,8 +15,9 @@ help:
 	@echo "make clean         remove what these made"
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as transformers needs it; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

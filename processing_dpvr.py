@@ -2,8 +2,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Processor of DPVR-LF: prompts and pixels as the original LLaVA-1.5 has them, and token types to route by."""
 
+from dataclasses import fields, is_dataclass
+
 import torch
 from transformers import LlavaImageProcessorPil, LlavaProcessor
+from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import get_image_size, is_pil_image, is_valid_image, load_image
 
 DOWNLOAD_SECONDS = 60  # without a byte, after which an image's URL is given up
@@ -56,6 +59,14 @@ def _is_nested(images) -> bool:
     return isinstance(images, (list, tuple)) and any(
         item is None or isinstance(item, (list, tuple)) for item in images
     )
+
+
+def _as_list(images):
+    """`images`, with everything else that lists things, such as a column of a table, as a list."""
+    is_array = hasattr(images, "ndim") and str(getattr(images, "dtype", "")) != "object"
+    if isinstance(images, (str, bytes, dict)) or is_array or is_pil_image(images) or not hasattr(images, "__iter__"):
+        return images
+    return [_as_list(item) for item in images]
 
 
 def _flatten(images) -> list:
@@ -129,6 +140,8 @@ def _read_array(image, name: str, input_data_format=None):
 
 def _read_image(image, name: str, max_pixels: int, input_data_format=None):
     """Any image as what LLaVA's image processor takes, with a ValueError that begins with `name` if it is none."""
+    if hasattr(image, "__fspath__"):
+        image = image.__fspath__()
     if isinstance(image, str) or is_pil_image(image):
         image = _decode(image, name, max_pixels)
     elif is_valid_image(image):
@@ -168,6 +181,15 @@ def _check_prompts(text: list) -> None:
                 f"Prompt {row} holds {prompt[error.start]!a} at position {error.start}: half of a surrogate pair, "
                 "which is no character."
             ) from error
+
+
+def _as_dicts(value):
+    """Messages and their parts, where they are dataclasses or pydantic's models, as dicts; images are left alone."""
+    if isinstance(value, (list, tuple)):
+        return [_as_dicts(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _as_dicts(getattr(value, field.name)) for field in fields(value)}
+    return value.model_dump() if hasattr(value, "model_dump") else value
 
 
 def _check_content(message, name: str, typed: str | None) -> None:
@@ -337,8 +359,9 @@ class DPVRProcessor(LlavaProcessor):
         Prepares B prompts, of T tokens or fewer, and their N images.
 
         Args:
-            images: An image, a list of images, or a list with one list (or None) per prompt. A flat list is dealt to
-                the prompts in order; None and lists with nothing in them mean no image. An image is a PIL image, an
+            images: An image, a list of images, or a list with one list (or None) per prompt; a column of a table is a
+                list too. A flat list is dealt to the prompts in order; None and lists with nothing in them mean no
+                image. An image is a PIL image, an
                 array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, or a path, URL or
                 base64 string. Alpha is dropped, as in LLaVA; of an animation the frame shown is taken, which is the
                 first of a file. Unlike in LLaVA, a picture that EXIF says to turn is turned upright, whether it is
@@ -383,6 +406,7 @@ class DPVRProcessor(LlavaProcessor):
                 part, or if it is none that the template takes; and as in `__call__`.
         """
         typed = None if kwargs.get("sanitize_control_tokens") else self.image_token
+        conversation = _as_dicts(conversation)
         _check_conversations(conversation, typed)
         try:
             return super().apply_chat_template(conversation, *args, **kwargs)
@@ -398,6 +422,7 @@ class DPVRProcessor(LlavaProcessor):
             text = [text] if isinstance(text, str) else list(text)
             _check_prompts(text)
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
+        images = _as_list(images)
         if images is not None:
             images = [_flatten(row) for row in images] if _is_nested(images) else _flatten(images)
             # Of a chat whose typed tokens are marked, images come by conversation; `validate_inputs` gets it unmarked
@@ -453,7 +478,8 @@ class DPVRProcessor(LlavaProcessor):
         channels = options.get("input_data_format") or "channels_first"
         width, height = image.size if is_pil_image(image) else get_image_size(image, channels)[::-1]
         long, short = max(width, height), min(width, height)
-        edge = (options.get("size") or self.image_processor.size).get("shortest_edge")
+        size = options.get("size") or self.image_processor.size
+        edge = get_size_dict(size, default_to_square=False).get("shortest_edge")
         grown = long**2 if do_pad else edge**2 * long // short if edge else 0
         if max(grown, long * short) > self.max_image_pixels:
             raise ValueError(

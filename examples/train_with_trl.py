@@ -4,8 +4,8 @@
 """Train the side branch of a DPVR with TRL's SFTTrainer, on pictures of digits, and save it as a PEFT adapter.
 
     pip install trl datasets
-    python convert_llava_to_dpvr.py examples/tiny-llava dpvr-tiny --saturation-layer 3 --dtype float32
-    python examples/train_with_trl.py dpvr-tiny trl-adapter --steps 20
+    python convert_llava_to_dpvr.py examples/tiny-llava dpvr-tiny-3 --saturation-layer 3
+    python examples/train_with_trl.py dpvr-tiny-3 trl-adapter --steps 20
 
 TRL's own collator asks the processor for no `<s>`, because most chat templates write it; LLaVA-1.5's does not. The
 collator below encodes conversations as `scripts/train_side_branch.py` does: with `<s>`, loss on the answers alone.
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
-from training.adapters import add_adapter, save_adapter
+from training.adapters import add_adapter, save_adapter, train_in_float32
 from training.data import Collator, encode, read_conversation
 
 
@@ -64,10 +64,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
     args = parser.parse_args()
 
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True)
+    has_gpu = torch.cuda.is_available()
+    model = AutoModel.from_pretrained(
+        args.model, trust_remote_code=True, dtype=torch.bfloat16 if has_gpu else torch.float32
+    )
+    model = add_adapter(model)
+    train_in_float32(model)
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     trainer = SFTTrainer(
-        add_adapter(model),
+        model,
         args=SFTConfig(
             output_dir=str(args.output / "trl"),
             max_steps=args.steps,
@@ -78,7 +83,7 @@ def main() -> None:
             report_to="none",
             gradient_checkpointing=False,  # nothing before the side branch has a graph
             max_length=None,
-            bf16=torch.cuda.is_available(),
+            bf16=has_gpu,
         ),
         train_dataset=make_dataset(args.rows),
         processing_class=processor,

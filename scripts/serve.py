@@ -24,9 +24,10 @@ def build_server(*args, **kwargs):
     app = build_plain_server(*args, **kwargs)
 
     async def bad_request(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+        message = f"the request lacks {error}" if isinstance(error, KeyError) else str(error)
+        return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 
-    for error in (ValueError, UnidentifiedImageError):
+    for error in (ValueError, UnidentifiedImageError, KeyError):
         app.add_exception_handler(error, bad_request)
     return app
 

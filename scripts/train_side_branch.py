@@ -27,7 +27,15 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser,
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from training.adapters import AdapterError, add_adapter, base_name, from_llava, processor_from_llava, save_adapter
+from training.adapters import (
+    AdapterError,
+    add_adapter,
+    base_name,
+    from_llava,
+    processor_from_llava,
+    save_adapter,
+    train_in_float32,
+)
 from training.card import PLOT_FILE, make_card, plot_losses
 from training.data import BadRows, Collator, ConversationDataset, read_rows
 from training.features import CachedFeatures, CacheError, cache_features
@@ -127,7 +135,7 @@ def load(options: argparse.Namespace, arguments: TrainingArguments):
 
 
 def wrap(model, options: argparse.Namespace) -> StagedModel:
-    """The model with what trains in it, in fp32: half precision loses the small steps of an optimizer."""
+    """The model with what trains in it, which is in float32."""
     lora = options.lora
     if options.peft_config:
         from peft import PeftConfig
@@ -135,9 +143,7 @@ def wrap(model, options: argparse.Namespace) -> StagedModel:
         lora = PeftConfig.from_pretrained(str(options.peft_config))
         lora.inference_mode = False
     model = add_adapter(model, lora, whole_fusion=options.whole_fusion)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
+    train_in_float32(model)
     return StagedModel(model, options.loss)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -137,6 +138,78 @@ def test_arrays_and_tensors_give_the_pixels_of_the_image_they_hold():
     torch.testing.assert_close(pair, torch.cat([expected, expected]), rtol=0, atol=0)
     grey = PROCESSOR(images=np.asarray(image.convert("L")), text="<image>", return_tensors="pt").pixel_values
     np.testing.assert_allclose(grey[0].numpy(), original_pixels(image.convert("L"), SIZE), atol=1e-5)
+
+
+def test_paths_columns_generators_and_object_arrays_list_images_as_a_list_does(tmp_path):
+    IMAGE_1.save(tmp_path / "1.png")
+    IMAGE_2.save(tmp_path / "2.png")
+    paths = [tmp_path / "1.png", tmp_path / "2.png"]
+    objects = np.empty(2, dtype=object)
+    objects[:] = [IMAGE_1, IMAGE_2]
+    text, options = ["<image>a", "<image>b"], {"padding": True, "return_tensors": "pt"}
+    expected = PROCESSOR(images=[IMAGE_1, IMAGE_2], text=text, **options)
+    assert expected["pixel_values"].shape[0] == 2
+
+    class Column:  # as of the datasets library
+        def __iter__(self):
+            return iter([IMAGE_1, IMAGE_2])
+
+        def __len__(self):
+            return 2
+
+    for images in (Column(), objects, iter([IMAGE_1, IMAGE_2]), map(str, paths), paths, iter([[IMAGE_1], [paths[1]]])):
+        inputs = PROCESSOR(images=images, text=text, **options)
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "size", [SIZE, [SIZE, SIZE], (SIZE, SIZE), {"shortest_edge": SIZE}, {"height": 9, "width": 9}]
+)
+def test_a_size_may_have_any_form_that_image_processors_take(size):
+    options = {"text": "<image>", "return_tensors": "pt", "do_center_crop": False}
+    expected = LlavaImageProcessorPil(do_pad=True, crop_size=SIZE, size=size, do_center_crop=False)(IMAGE_1)
+    shape = np.stack(expected.pixel_values).shape
+    for form in ({"size": size}, {"images_kwargs": {"size": size}}):
+        assert PROCESSOR(images=IMAGE_1, **form, **options).pixel_values.shape == shape
+
+
+@dataclass
+class Part:
+    type: str
+    text: str | None = None
+    image: object = None
+
+
+@dataclass
+class Message:
+    role: str
+    content: object
+
+
+class Model:
+    """As a message of pydantic, which OpenAI's client returns."""
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def model_dump(self):
+        return self.fields
+
+
+def test_message_objects_are_taken_as_dicts_are():
+    plain = [
+        {"role": "user", "content": [{"type": "image", "image": IMAGE_1}, {"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    parts = [Part("image", image=IMAGE_1), Part("text", "a")]
+    objects = [Message("user", parts), Model(role="assistant", content="b"), plain[2]]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    for conversation, expected in ((objects, plain), ([objects, objects], [plain, plain])):
+        inputs, wanted = (PROCESSOR.apply_chat_template(each, **options) for each in (conversation, expected))
+        assert all(torch.equal(inputs[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="Part 0 of message 0 of conversation 0 is text that holds <image>"):
+        PROCESSOR.apply_chat_template([Message("user", [Part("text", "<image>")])])
 
 
 def test_float_images_are_refused_where_the_padding_colour_would_be_wrong():

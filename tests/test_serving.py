@@ -64,9 +64,13 @@ def server(request, folder):
 
 def ask(server, image: str, text: str, **options):
     """Status and body of a request with one image, given as a URL."""
-    url, _ = server
     content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": image}}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0.0, **options}
+    return post(server[0], body)
+
+
+def post(url: str, body: dict):
+    """Status and body of the answer."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
@@ -146,3 +150,13 @@ def test_a_broken_image_gets_a_client_error_and_the_next_request_is_answered(ser
     else:
         assert status >= 400  # transformers' own: 500, as with any model
     assert ask(server, data_url(picture[0]), QUESTION)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "messages", [None, [{"content": "hi"}], [{"role": "user", "content": [{"type": "image_url"}]}]]
+)
+def test_a_request_that_lacks_something_gets_a_client_error_that_says_so(server, messages):
+    url, is_ours = server
+    status, body = post(url, {"max_tokens": 2} if messages is None else {"messages": messages, "max_tokens": 2})
+    assert status == 400 if is_ours else status >= 400, (status, body)
+    assert not is_ours or "message" in json.loads(body)["error"]

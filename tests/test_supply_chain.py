@@ -57,7 +57,7 @@ def find_faults(source: str) -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             of, name, *_ = node.args
             is_plain = isinstance(name, ast.Constant) and name.value not in REACHES_OUT
-            if not is_plain and not (isinstance(name, ast.Name) and isinstance(of, ast.Name | ast.Attribute)):
+            if not is_plain and not isinstance(name, ast.Name | ast.Attribute):
                 faults.append(f"line {line}: gets {ast.unparse(name)} of {ast.unparse(of)}")
             if isinstance(of, ast.Name) and of.id in PACKAGES:
                 faults.append(f"line {line}: gets an attribute of {of.id} by its name")

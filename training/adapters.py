@@ -158,6 +158,14 @@ def add_adapter(
     return model
 
 
+def train_in_float32(model: torch.nn.Module) -> None:
+    """Casts what trains to float32: in half precision an optimizer's small steps are lost, or its epsilon, and with it
+    the weights."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
 def _inject(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unsupported layer type")  # LN tuning asks for a width, and uses it nowhere
