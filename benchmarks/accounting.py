@@ -261,25 +261,39 @@ def _table(config: DPVRConfig, vision_tokens: int, text_tokens: int) -> str:
     return "\n".join(lines)
 
 
-def _load_config(checkpoint: str | None) -> DPVRConfig:
-    if checkpoint is None:
-        return DPVRConfig()
-    fields = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).to_dict()
-    fields.pop("model_type")
+def _load_config(checkpoint: str | None, saturation_layer: int | None) -> DPVRConfig:
+    """The config of a DPVR, or of the one that a LLaVA becomes; the layer that is given, or the converter's."""
+    from convert_llava_to_dpvr import choose_saturation_layer  # which imports this module
+
+    config = DPVRConfig() if checkpoint is None else AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    fields = config.to_dict()
+    is_routed = fields.pop("model_type") == "dpvr"
+    if saturation_layer is not None or not is_routed:
+        num_layers, num_fusion_layers = config.text_config.num_hidden_layers, fields.get("num_fusion_layers", 1)
+        layer, _ = choose_saturation_layer(saturation_layer, num_layers, num_fusion_layers, None)
+        fields["saturation_layer"] = layer
     return DPVRConfig(**fields)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     AutoConfig.register("dpvr", DPVRConfig, exist_ok=True)
     parser = argparse.ArgumentParser(description="FLOPs and KV-cache bytes of LLaVA and DPVR, 2 FLOPs a multiply-add.")
     parser.add_argument("checkpoint", nargs="?", help="Hub id or folder with a config.json; default: LLaVA-1.5-7B")
+    parser.add_argument(
+        "--saturation-layer", type=int, help="default: the checkpoint's, or the converter's for a LLaVA"
+    )
     parser.add_argument("--vision-tokens", type=int, help="default: one image")
     parser.add_argument("--text-tokens", type=int, default=64)
-    args = parser.parse_args()
-    config = _load_config(args.checkpoint)
-    vision_tokens = tokens_per_image(config) if args.vision_tokens is None else args.vision_tokens
-    print(f"{vision_tokens} vision tokens + {args.text_tokens} text tokens")
-    print(_table(config, vision_tokens, args.text_tokens))
+    args = parser.parse_args(arguments)
+    try:
+        config = _load_config(args.checkpoint, args.saturation_layer)
+        vision_tokens = tokens_per_image(config) if args.vision_tokens is None else args.vision_tokens
+        table = _table(config, vision_tokens, args.text_tokens)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    num_layers = config.text_config.num_hidden_layers
+    print(f"S = {config.saturation_layer} of {num_layers}, {vision_tokens} vision + {args.text_tokens} text tokens")
+    print(table)
     return 0
 
 

@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder with room for the checkpoint (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "analysis.json")
     args = parser.parse_args()
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="analysis-") as work:
         result = measure(Path(work), args.num_layers, args.hidden_size)
     record = {

@@ -53,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file may
 from benchmarks import accounting
 from benchmarks.accounting import Flops, LayerLoad
 from benchmarks.caches import CACHE
+from configuration_dpvr import BACKBONES
 from training.staged import pack, take
 
 # Checkpoints name LLaVA's weights as transformers 4 did; classes that are not its own are left out of the renaming
@@ -345,6 +346,12 @@ class PrunedLlavaModel(LlavaModel):
         self, hidden_states: torch.Tensor, slots: torch.Tensor | None, cache: Cache, layer_idx: int
     ) -> torch.Tensor | None:
         """Causal mask of the layers from `layer_idx` on. `slots` `(B, seen + N)` is 0 or False at padding."""
+        config, num_tokens = self.language_model.config, cache.get_seq_length(layer_idx) + hidden_states.shape[1]
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or []
+        if window and num_tokens > window and ("sliding_attention" in kinds or not kinds):
+            raise ValueError(
+                f"{num_tokens} tokens exceed text_config.sliding_window={window}; keep within the window."
+            )
         return create_causal_mask(
             config=self.language_model.config,
             inputs_embeds=hidden_states,
@@ -355,12 +362,17 @@ class PrunedLlavaModel(LlavaModel):
 
 
 class PrunedLlava(LlavaForConditionalGeneration):
-    """LLaVA with a language modeling head that drops vision tokens; loads any LLaVA checkpoint.
+    """LLaVA with a language modeling head that drops vision tokens; loads any LLaVA checkpoint of a backbone that DPVR
+    routes. `stages` may be set at any time, before a prompt is read; without, it is a dense LLaVA.
 
-    `stages` may be set at any time, before a prompt is read; without, it is a dense LLaVA.
+    Raises:
+        ValueError: for another backbone, whose attention may rank tokens in other ways, and for prompts beyond a
+            sliding window.
     """
 
     def __init__(self, config: LlavaConfig):
+        if (backbone := config.text_config.model_type) not in BACKBONES:
+            raise ValueError(f"text_config.model_type={backbone!r} is none of {', '.join(BACKBONES)}.")
         super().__init__(config)
         self.model = PrunedLlavaModel(config)
         self.post_init()

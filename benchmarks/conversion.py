@@ -164,6 +164,8 @@ def main() -> int:
     import torch
 
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="conversion-") as work:
         sizes = {}
         for size in args.sizes:

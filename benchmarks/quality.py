@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
 
 import digits as task
+from analyze_saturation import fingerprint
 from train_tiny_llava import LONG_BATCH, conversation_text, sample_batch, to_pixel_values, versions
 
 from benchmarks import accounting, baselines
@@ -279,7 +281,7 @@ def routed_accuracy(staged: StagedModel, batches: list[tuple[Prepared, Features]
 def read_results(path: Path, settings: dict | None) -> dict:
     """The results of an earlier run, if it was one with these settings; None takes any."""
     if not path.exists():
-        return {"settings": settings, "versions": versions(), "models": {}}
+        return {"settings": settings, "models": {}}
     record = json.loads(path.read_text())
     if settings is not None and record["settings"] != settings:
         raise SystemExit(
@@ -318,6 +320,14 @@ def load_routed(llava_folder: Path, routing: Routing, folder: Path, loss: str = 
     return StagedModel(model, loss)
 
 
+def reset_lora(staged: StagedModel, seed: int) -> None:
+    """Draws LoRA's first matrices anew, as a run with this seed has them."""
+    torch.manual_seed(seed)
+    for module in staged.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", init_lora_weights=True)
+
+
 def measure_routings(
     llava_folder: Path,
     routings: list[Routing],
@@ -342,7 +352,9 @@ def measure_routings(
             if str(seed) in mine:
                 continue
             late.load_state_dict(untrained)
-            if routing.training != LORA:
+            if routing.training == LORA:
+                reset_lora(staged, seed)
+            else:
                 late["side branch"].requires_grad_(True)
                 late["fusion"].requires_grad_("fusion" in routing.training)
             if routing.training != "untrained":
@@ -355,16 +367,24 @@ def measure_routings(
 def measure(name: str, args, record: dict) -> None:
     """All cells of one LLaVA that are not there yet."""
     folder = ROOT / "examples" / name
-    result = record["models"].setdefault(name, {"versions": versions(), "prompt_lengths": {}, "cells": {}})
+    result = record["models"].setdefault(name, {"prompt_lengths": {}, "cells": {}})
     cells, seeds = result["cells"], range(args.seeds)
     processor = AutoProcessor.from_pretrained(folder)
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    check_weights(args.output, result, llava, folder)
     found = methods(llava.config.text_config.num_hidden_layers)
     missing = {key: method for key, method in found.items() if any(str(s) not in cells.get(key, {}) for s in seeds)}
     if not missing:
         return
 
+    stated = ", ".join(f"{package} {version}" for package, version in versions().items())
+    before = {key: set(cells.get(key, {})) for key in missing}
+
     def save() -> None:
+        for key in missing:  # with what each method was measured, in order of time
+            used = result.setdefault("measured_with", {}).setdefault(key, [])
+            if stated not in used and cells.get(key, {}).keys() - before[key]:
+                used.append(stated)
         write_results(args.output, record)
 
     held_out = []
@@ -386,6 +406,16 @@ def measure(name: str, args, record: dict) -> None:
     pool = training_batches(llava, processor, -(-args.pool // LONG_BATCH)) if groups else []
     for geometry in tqdm(sorted(groups), desc=f"{name}: routings"):
         measure_routings(folder, groups[geometry], held_out, pool, args, cells, save)
+
+
+def check_weights(path: Path, result: dict, llava, folder: Path) -> None:
+    """Refuses to mix results of other weights with those of this run."""
+    weights = fingerprint(llava)
+    if result.setdefault("weights", weights) != weights:
+        raise SystemExit(
+            f"{path} has results of {folder.name} with weights of fingerprint {result['weights']}, but those of "
+            f"{folder} have {weights}: choose another --output, or delete it."
+        )
 
 
 def prompt_lengths(batches: list[Prepared]) -> dict[str, int]:
@@ -628,6 +658,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, default=FIGURE, help="default: %(default)s")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
+    if args.report and not args.output.is_file():
+        parser.error(f"there is no {args.output} to report on")
     for name in args.models:
         if not args.report and not (ROOT / "examples" / name / "model.safetensors").exists():
             layers = name.rpartition("-")[2]

@@ -333,7 +333,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--table", action="store_true", help="only print the table of --output")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.table and not args.output.is_file():
+        parser.error(f"there is no {args.output} to print a table of")
+    return args
 
 
 def main() -> None:

@@ -242,6 +242,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.every < 1 or args.calls < 2 * args.every:
         parser.error(f"--calls {args.calls} must be at least twice --every {args.every}, and both positive")
+    for path in (args.output, args.figure):
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, and not after all calls
     return args
 
 

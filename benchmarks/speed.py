@@ -373,7 +373,8 @@ def table(record: dict) -> str:
         for name, result in run["methods"].items():
             row = [prompt, name, "{median:.3g} [{p10:.3g}, {p90:.3g}]".format(**result["prefill_seconds"])]
             row += [f"{result['prefill_ratio']['median']:.3f}", f"{result['flops_ratio']:.3f}"]
-            row.append(f"{result['first_token_seconds']['median']:.3g}")
+            first, dense = (each["first_token_seconds"]["median"] for each in (result, run["methods"]["LLaVA"]))
+            row += [f"{first:.3g}", f"{first / dense:.3f}"]
             if has_steps:
                 row += [f"{result['decode_step_seconds']['median']:.3g}", f"{result['decode_ratio']:.3f}"]
             row.append(f"{result['cache_ratio']:.3f}")
@@ -381,7 +382,7 @@ def table(record: dict) -> str:
                 row.append(f"{result['peak_bytes'] / 2**20:,.0f}")
             rows.append(row)
             prompt = ""
-    header = ["prompt", "method", "prefill, s", "ratio", "by FLOPs", "first token, s"]
+    header = ["prompt", "method", "prefill, s", "ratio", "by FLOPs", "first token, s", "ratio"]
     header += ["decode step, s", "ratio"] * has_steps + ["KV cache, ratio"] + ["peak, MiB"] * has_peak
     return f"{markdown(header, rows)}\n\n{conditions(record)}"
 
@@ -464,7 +465,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--decode-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.layers < 4:
+        parser.error(f"--layers {args.layers} must be at least 4: PyramidDrop drops at each quarter of them")
+    return args
 
 
 def main() -> int:

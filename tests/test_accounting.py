@@ -2,12 +2,15 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The formulas of benchmarks/accounting.py against torch's counter, real caches and the figures of the model card."""
 
+import re
+
 import pytest
 import torch
 from tiny import DPVRConfig, DPVRForConditionalGeneration
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks import accounting
 from benchmarks.accounting import (
     cache_bytes,
     decode_flops,
@@ -215,3 +218,19 @@ def test_unknown_vision_tower_is_refused():
     config = LlavaConfig(vision_config={"model_type": "siglip_vision_model"})
     with pytest.raises(ValueError, match="siglip_vision_model"):
         vision_tower_flops(config.vision_config)
+
+
+def test_the_command_takes_the_layer_that_the_converter_would_and_says_which(tmp_path, capsys):
+    shape = {"model_type": "llama", "num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 13824}
+    heads = {"num_attention_heads": 40, "num_key_value_heads": 40}
+    LlavaConfig(text_config=shape | heads).save_pretrained(tmp_path)
+    assert accounting.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "S = 22 of 40, 576 vision + 64 text tokens" in printed
+    assert re.search(r"prefill decoder .* 0\.618", printed)
+    assert accounting.main([str(tmp_path), "--saturation-layer", "30"]) == 0
+    assert "S = 30 of 40" in capsys.readouterr().out
+    for wrong in ([tmp_path, "--vision-tokens", 100], [tmp_path, "--saturation-layer", 40], [tmp_path / "none"]):
+        with pytest.raises(SystemExit) as status:
+            accounting.main(list(map(str, wrong)))
+        assert status.value.code == 2

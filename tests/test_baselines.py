@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies
 from test_accounting import NUM_PATCHES, SHAPES, build, count, llava_config, prompt
 from tiny import IMAGE, NUM_LAYERS, TOKENS_PER_IMAGE, make_batch, make_llava
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import accounting
 from benchmarks.baselines import (
@@ -313,3 +313,14 @@ def test_a_pruned_llava_loads_a_llava_checkpoint(llava, pruned, tmp_path):
     batch = inputs_of(["tIt"])
     assert isinstance(loaded, LlavaForConditionalGeneration)
     torch.testing.assert_close(run(loaded, vtw(2), batch).logits, run(pruned, vtw(2), batch).logits)
+
+
+def test_backbones_that_rank_in_other_ways_and_prompts_beyond_a_window_are_refused():
+    fields = llava_config("mistral").to_dict()
+    with pytest.raises(ValueError, match="model_type='qwen3' is none of llama, mistral, qwen2"):
+        PrunedLlava(LlavaConfig(**{**fields, "text_config": {"model_type": "qwen3", "num_hidden_layers": 2}}))
+    text = {**fields["text_config"], "sliding_window": 6}
+    model = PrunedLlava(LlavaConfig(**{**fields, "text_config": text})).eval()
+    model.stages = vtw(1)
+    with pytest.raises(ValueError, match=r"tokens exceed text_config.sliding_window=6; keep within the window"):
+        model(**prompt(1, 4))

@@ -111,9 +111,31 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert "| tiny-llava | vtw/6 |" in capsys.readouterr().out
     assert len(quality.by_layer(json.loads(output.read_text())).splitlines()) == 3
+    record = json.loads(output.read_text())
+    assert record["models"]["tiny-llava"]["measured_with"].keys() == found.keys()
+    record["models"]["tiny-llava"]["weights"] = "of another model"
+    output.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="with weights of fingerprint of another model, but those of"):
+        quality.main()
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments[:4], "--steps", "2", *arguments[6:]])
     with pytest.raises(SystemExit, match="choose another --output"):
         quality.main()
+
+
+def test_loras_first_matrices_follow_from_the_seed_alone(tmp_path):
+    def drawn(seed):
+        quality.reset_lora(staged, seed)
+        return {name: weight.clone() for name, weight in staged.named_parameters() if ".lora_" in name}
+
+    runs = []
+    for global_seed in range(2):
+        torch.manual_seed(global_seed)
+        staged = quality.load_routed(TINY, Routing(6, quality.LORA), tmp_path)
+        runs.append((drawn(0), drawn(1)))
+    (first, second), (again, _) = runs
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], second[name]) for name in first if ".lora_A." in name)
+    assert all(weight.abs().max() == 0 for name, weight in second.items() if ".lora_B." in name)
 
 
 def entry(name, flops, kv_bytes, accuracy) -> Entry:
