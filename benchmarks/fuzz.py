@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from damaged_sources import DAMAGES, converted_or_refused, read_source
-from llava_checkpoints import make_llava, write_llava_hf
+from llava_checkpoints import make_llava, write_llava_hf, write_original
 from tiny_processor import IMAGE, SIZE, TOKENS, make_processor, noise, original_pixels
 
 CONTEXT = 600  # tokens
@@ -365,11 +365,17 @@ def fuzz_converter(num_inputs: int, seed: int = 0, progress: bool = False, shrin
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="dpvr-fuzz-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        source = write_llava_hf(Path(folder, "llava"), make_llava(), num_files=2)
-        originals = read_source(source)
+        layouts = [
+            write_llava_hf(Path(folder, "llava-hf", "llava"), make_llava(), num_files=2),
+            write_original(Path(folder, "original", "llava"), make_llava(), ".safetensors"),
+        ]
+        sources = [(source, read_source(source)) for source in layouts]
 
         def try_damage(data) -> None:
-            kind = data.draw(st.sampled_from(sorted(DAMAGES)))
+            kind, (source, originals) = (
+                data.draw(st.sampled_from(sorted(DAMAGES))),
+                data.draw(st.sampled_from(sources)),
+            )
             outcomes[f"{kind}, {converted_or_refused(source, originals, DAMAGES[kind](data, originals))}"] += 1
 
         seconds = run(st.data(), try_damage, num_inputs, seed, progress, shrink, "converter")

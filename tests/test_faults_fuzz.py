@@ -12,7 +12,7 @@ import pytest
 from damaged_sources import DAMAGES, JSON, converted_or_refused, read_source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llava_checkpoints import make_llava, write_llava_hf
+from llava_checkpoints import make_llava, write_llava_hf, write_original
 
 from read_weights import ConversionError, read_safetensors
 
@@ -20,9 +20,12 @@ EXAMPLES = int(os.environ.get("DPVR_EXAMPLES", "40"))
 FUZZ = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_llava_hf(tmp_path_factory.mktemp("fuzz") / "llava", make_llava(), num_files=2)
+@pytest.fixture(scope="module", params=["llava-hf", "original"])
+def source(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "llava"
+    if request.param == "original":
+        return write_original(folder, make_llava(), ".safetensors")
+    return write_llava_hf(folder, make_llava(), num_files=2)
 
 
 @pytest.fixture(scope="module")
