@@ -34,9 +34,11 @@ from llava_checkpoints import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     LlavaForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -211,24 +213,40 @@ def test_the_original_layout_pads_as_generation_needs_it_whatever_training_did(t
     assert inputs["attention_mask"].tolist()[0][-1] == 1
 
 
-def test_a_source_that_has_only_a_sentencepiece_model_gives_the_originals_ids(tmp_path):
-    """As liuhaotian/llava-v1.5-7b, whose code encodes what stands before and behind an image apart."""
-    source, file = write_original(tmp_path / "llava", make_llava()), io.BytesIO()
+def train_sentencepiece() -> bytes:
+    """A tokenizer.model as Llama's: no words are normalised, "▁" stands before every text."""
     sentences = ["the quick brown fox jumps over the lazy dog", "what is in this picture", "USER: hello ASSISTANT:"]
     like_llamas = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "unk_id": 0, "bos_id": 1}
+    file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences * 5), model_writer=file, vocab_size=96, model_type="bpe", **like_llamas
     )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("layout", ["original", "llava-hf"])
+def test_prompts_have_the_originals_ids(tmp_path, layout):
+    """The original's code encodes what stands before and behind an image apart. liuhaotian/llava-v1.5-7b has a
+    tokenizer.model alone, llava-hf a tokenizer.json with a normalizer."""
+    source, model = write_original(tmp_path / "llava", make_llava()), train_sentencepiece()
     for path in source.glob("*token*.json"):
         path.unlink()
-    (source / "tokenizer.model").write_bytes(file.getvalue())
+    (source / "tokenizer.model").write_bytes(model)
     words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     fields = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, "padding_side": "right"}
     (source / "tokenizer_config.json").write_text(json.dumps(fields | words))
+    if layout == "llava-hf":
+        backend = AutoTokenizer.from_pretrained(source).backend_tokenizer
+        backend.add_special_tokens(["<image>", "<pad>"])
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+        source = write_llava_hf(tmp_path / "llava-hf", make_llava())
+        backend.save(str(source / "tokenizer.json"))
+        (source / "tokenizer_config.json").write_text(json.dumps(fields | words | {"pad_token": "<pad>"}))
     convert(source, tmp_path / "dpvr")
     processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
     assert processor.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [96, 97]
-    original = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+    original = sentencepiece.SentencePieceProcessor(model_proto=model)
     for text in ("what is the fox over", "USER: <image>what is <image> this ASSISTANT:", "<image>", "the<image>"):
         first, *others = map(original.encode, text.split("<image>"))
         images = [Image.new("RGB", (28, 28))] * len(others)
