@@ -63,7 +63,8 @@ def _is_nested(images) -> bool:
 
 def _as_list(images):
     """`images`, with everything else that lists things, such as a column of a table, as a list."""
-    is_array = hasattr(images, "ndim") and str(getattr(images, "dtype", "")) != "object"
+    is_column = hasattr(images, "to_list") or (str(getattr(images, "dtype", "")) == "object" and images.ndim > 0)
+    is_array = hasattr(images, "ndim") and not is_column
     if isinstance(images, (str, bytes, dict)) or is_array or is_pil_image(images) or not hasattr(images, "__iter__"):
         return images
     return [_as_list(item) for item in images]

@@ -141,6 +141,7 @@ def test_arrays_and_tensors_give_the_pixels_of_the_image_they_hold():
 
 
 def test_paths_columns_generators_and_object_arrays_list_images_as_a_list_does(tmp_path):
+    pandas = pytest.importorskip("pandas")
     IMAGE_1.save(tmp_path / "1.png")
     IMAGE_2.save(tmp_path / "2.png")
     paths = [tmp_path / "1.png", tmp_path / "2.png"]
@@ -157,7 +158,16 @@ def test_paths_columns_generators_and_object_arrays_list_images_as_a_list_does(t
         def __len__(self):
             return 2
 
-    for images in (Column(), objects, iter([IMAGE_1, IMAGE_2]), map(str, paths), paths, iter([[IMAGE_1], [paths[1]]])):
+    series = pandas.Series(list(map(str, paths)))
+    for images in (
+        Column(),
+        series,
+        objects,
+        iter([IMAGE_1, IMAGE_2]),
+        map(str, paths),
+        paths,
+        iter([[IMAGE_1], [paths[1]]]),
+    ):
         inputs = PROCESSOR(images=images, text=text, **options)
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
 
