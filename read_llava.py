@@ -83,6 +83,17 @@ CLIP_NAMES = [
 ]
 
 
+@contextlib.contextmanager
+def refusing(what: str):
+    """Files of any content, read by many hands, fail in every way there is: a sentence that begins with `what`."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise ConversionError(f"{what}: {reason(error)}") from error
+
+
 def resolve_folder(name: str, revision: str | None = None) -> Path:
     """The folder `name`, or a local copy of the Hub repository `name` without its weights."""
     if Path(name).is_dir():
@@ -101,12 +112,8 @@ def fetch_weights(name: str, revision: str | None, folder: Path) -> None:
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    try:
+    with refusing(f"{name!r} is neither a folder nor a Hub repository that can be read"):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
-    except Exception as error:  # no such name, no such repository, networks: without a common class
-        raise ConversionError(
-            f"{name!r} is neither a folder nor a Hub repository that can be read: {reason(error)}"
-        ) from error
 
 
 def rename(key: str, names: list[tuple[str, str | None]]) -> str | None:
@@ -165,17 +172,13 @@ class Checkpoint:
 
 
 def _make_config(build: Callable, path: Path, **fields):
-    try:
+    with refusing(f"{path} is not a config that transformers can read"):
         return build(**fields)
-    except Exception as error:  # fields of any type, checked by many hands
-        raise ConversionError(f"{path} is not a config that transformers can read: {reason(error)}") from error
 
 
 def _from_pretrained(auto_class, name: str | Path, what: str, **options):
-    try:
+    with refusing(f"{what} cannot be loaded from {name}"):
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # as above
-        raise ConversionError(f"{what} cannot be loaded from {name}: {reason(error)}") from error
 
 
 def own_template(processor) -> str | None:
@@ -209,7 +212,9 @@ def load_processor(folder: Path, tokenizer: str | None):
             processor = _from_pretrained(AutoProcessor, folder, "The processor")
             processor.tokenizer = tokens
         except ConversionError:  # the checkpoint may have no tokenizer
-            processor = LlavaProcessor(_from_pretrained(AutoImageProcessor, folder, "The image processor"), tokens)
+            images = _from_pretrained(AutoImageProcessor, folder, "The image processor")
+            with refusing(f"The tokenizer of {tokenizer} cannot be used"):
+                processor = LlavaProcessor(images, tokens)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ConversionError(
             f"{folder} has a {type(processor).__name__}, not a processor of images and text, such as LlavaProcessor."
@@ -226,7 +231,8 @@ def read_llava_hf(name: str, revision: str | None, folder: Path, fields: dict, t
     processor = load_processor(folder, tokenizer)
     check_vocabulary(processor.tokenizer, config, path)
     check_image_size(processor.image_processor, config, folder)
-    processor = convert_processor(config, processor)
+    with refusing(f"The processor of {folder} cannot be used"):
+        processor = convert_processor(config, processor)
     fetch_weights(name, revision, folder)
     tensors = index_tensors(folder, NAMES)
     return Checkpoint(name, folder, config, fields, tensors, processor, config.text_config.vocab_size)
@@ -321,8 +327,9 @@ def read_original(
     old_vocab_size = text_config.vocab_size
     options = {"config": text_config, "padding_side": "left"}  # of generation; the sources state that of training
     tokens = _from_pretrained(AutoTokenizer, tokenizer or folder, "The tokenizer", **options)
-    add_special_tokens(tokens, text_config)
-    tokens = as_original_tokenizer(tokens)
+    with refusing(f"The tokenizer of {folder} cannot be used"):
+        add_special_tokens(tokens, text_config)
+        tokens = as_original_tokenizer(tokens)
     if type(longest := fields.get("tokenizer_model_max_length")) is int:
         tokens.model_max_length = longest
     tower = resolve_tower(vision_tower or fields["mm_vision_tower"], path)
@@ -346,8 +353,10 @@ def read_original(
     check_vocabulary(tokens, config, path)
     images = _from_pretrained(AutoImageProcessor, tower, "The image processor")
     check_image_size(images, config, tower)
-    do_pad = fields.get("image_aspect_ratio") == "pad"
-    processor = convert_processor(config, LlavaProcessor(images, tokens), do_pad)
+    with refusing(f"The processor of {folder} cannot be used"):
+        processor = convert_processor(
+            config, LlavaProcessor(images, tokens), fields.get("image_aspect_ratio") == "pad"
+        )
     fetch_weights(name, revision, folder)
     tensors = index_tensors(folder, NAMES)
     if not any(key.startswith("model.vision_tower.") for key in tensors):
@@ -403,19 +412,16 @@ def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None
     tokenizer that states no longest prompt gets the backbone's."""
     if do_pad is None:
         do_pad = processor.image_processor.to_dict().get("do_pad") is not False  # CLIP's does not say; LLaVA pads
-    try:
-        return DPVRProcessor.from_llava(
-            processor.tokenizer,
-            processor.image_processor,
-            patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
-            do_pad=do_pad,
-            model_max_length=min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings),
-            chat_template=own_template(processor),
-        )
-    except (TypeError, ValueError) as error:
-        raise ConversionError(reason(error)) from error
+    return DPVRProcessor.from_llava(
+        processor.tokenizer,
+        processor.image_processor,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
+        do_pad=do_pad,
+        model_max_length=min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings),
+        chat_template=own_template(processor),
+    )
 
 
 def read_checkpoint(
@@ -446,11 +452,8 @@ def read_checkpoint(
 
 def meta_llava(config: LlavaConfig, path: Path) -> LlavaForConditionalGeneration:
     """The model of a config, without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return LlavaForConditionalGeneration(config)
-    except Exception as error:  # every field of the config may be wrong in its own way
-        raise ConversionError(f"{path} is no config that transformers can make a model of: {reason(error)}") from error
+    with refusing(f"{path} is no config that transformers can make a model of"), torch.device("meta"):
+        return LlavaForConditionalGeneration(config)
 
 
 def expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
