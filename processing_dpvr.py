@@ -61,13 +61,14 @@ def _is_nested(images) -> bool:
     )
 
 
-def _as_list(images):
-    """`images`, with everything else that lists things, such as a column of a table, as a list."""
+def _as_list(images, depth: int = 2):
+    """`images`, where something else than a list lists them, such as a column of `datasets` or pandas, as a list; and
+    so its rows."""
     is_column = hasattr(images, "to_list") or (str(getattr(images, "dtype", "")) == "object" and images.ndim > 0)
-    is_array = hasattr(images, "ndim") and not is_column
-    if isinstance(images, (str, bytes, dict)) or is_array or is_pil_image(images) or not hasattr(images, "__iter__"):
+    is_one = isinstance(images, (str, bytes, dict)) or is_pil_image(images) or hasattr(images, "read")
+    if not depth or is_one or (hasattr(images, "ndim") and not is_column) or not hasattr(images, "__iter__"):
         return images
-    return [_as_list(item) for item in images]
+    return [_as_list(item, depth - 1) for item in images]
 
 
 def _flatten(images) -> list:
@@ -185,12 +186,19 @@ def _check_prompts(text: list) -> None:
 
 
 def _as_dicts(value):
-    """Messages and their parts, where they are dataclasses or pydantic's models, as dicts; images are left alone."""
+    """Conversations, messages and their parts, where they are dataclasses or models of pydantic, as lists and dicts
+    without the fields that are None. Images are left alone."""
     if isinstance(value, (list, tuple)):
         return [_as_dicts(item) for item in value]
+    if hasattr(value, "messages"):
+        return _as_dicts(value.messages)
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _as_dicts(getattr(value, field.name)) for field in fields(value)}
-    return value.model_dump() if hasattr(value, "model_dump") else value
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif hasattr(value, "model_dump"):
+        value = value.model_dump()
+    if not hasattr(value, "items"):
+        return value
+    return {key: _as_dicts(item) for key, item in value.items() if item is not None}
 
 
 def _check_content(message, name: str, typed: str | None) -> None:
@@ -220,16 +228,12 @@ def _check_content(message, name: str, typed: str | None) -> None:
 
 def _check_conversations(conversation, typed: str | None) -> None:
     """`_check_content` for each message of one conversation, or of a list of them."""
-    if not isinstance(conversation, (list, tuple)) and not hasattr(conversation, "messages"):
+    if not isinstance(conversation, list):
         raise ValueError(f"The conversation is a {type(conversation).__name__}; give a list of messages.")
-    if isinstance(conversation, (list, tuple)) and not conversation:
+    if not conversation:
         raise ValueError("The conversation is empty; give at least one message.")
-    is_one = hasattr(conversation, "messages") or not (
-        isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-    )
-    for row, messages in enumerate([conversation] if is_one else conversation):
-        messages = getattr(messages, "messages", messages)
-        if not isinstance(messages, (list, tuple)) or not messages:
+    for row, messages in enumerate(conversation if isinstance(conversation[0], list) else [conversation]):
+        if not isinstance(messages, list) or not messages:
             raise ValueError(f"Conversation {row} is {_shorten(repr(messages))}; give a list of at least one message.")
         for index, message in enumerate(messages):
             _check_content(message, f"message {index} of conversation {row}", typed)
@@ -360,15 +364,14 @@ class DPVRProcessor(LlavaProcessor):
         Prepares B prompts, of T tokens or fewer, and their N images.
 
         Args:
-            images: An image, a list of images, or a list with one list (or None) per prompt; a column of a table is a
-                list too. A flat list is dealt to the prompts in order; None and lists with nothing in them mean no
-                image. An image is a PIL image, an
-                array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, or a path, URL or
-                base64 string. Alpha is dropped, as in LLaVA; of an animation the frame shown is taken, which is the
-                first of a file. Unlike in LLaVA, a picture that EXIF says to turn is turned upright, whether it is
-                opened here or not, as transformers' pipelines do. A PIL image of 16 bits is scaled to 8 (a file that
-                is opened here is clipped to white, by Pillow). Arrays and tensors hold whole numbers from 0 to 255,
-                or, with `do_pad=False`, floats.
+            images: An image, a list of images, or a list with one list (or None) per prompt; a column of `datasets` or
+                pandas is a list too. A flat list is dealt to the prompts in order; None and lists with nothing in them
+                mean no image. An image is a PIL image, an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with
+                1, 3 or 4 channels, or a path, URL or base64 string. Alpha is dropped, as in LLaVA; of an animation the
+                frame shown is taken, which is the first of a file. Unlike in LLaVA, a picture that EXIF says to turn
+                is turned upright, whether it is opened here or not, as transformers' pipelines do. A PIL image of 16
+                bits is scaled to 8 (a file that is opened here is clipped to white, by Pillow). Arrays and tensors
+                hold whole numbers from 0 to 255, or, with `do_pad=False`, floats.
             text (`str` or `list[str]`): Prompts, with one `<image>` per image. The processor repeats it; a prompt that
                 has it repeated already is refused, as is one of more tokens than `tokenizer.model_max_length`.
             videos, audio: None or empty.

@@ -188,12 +188,18 @@ class Part:
     type: str
     text: str | None = None
     image: object = None
+    url: str | None = None
 
 
 @dataclass
 class Message:
     role: str
     content: object
+
+
+@dataclass
+class Conversation:
+    messages: list
 
 
 class Model:
@@ -203,7 +209,7 @@ class Model:
         self.fields = fields
 
     def model_dump(self):
-        return self.fields
+        return {"refusal": None, **self.fields}
 
 
 def test_message_objects_are_taken_as_dicts_are():
@@ -215,7 +221,10 @@ def test_message_objects_are_taken_as_dicts_are():
     parts = [Part("image", image=IMAGE_1), Part("text", "a")]
     objects = [Message("user", parts), Model(role="assistant", content="b"), plain[2]]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    for conversation, expected in ((objects, plain), ([objects, objects], [plain, plain])):
+    mixed = [{"role": "user", "content": parts}, *plain[1:]]
+    conversations = [(objects, plain), (mixed, plain), ([objects, mixed], [plain, plain])]
+    conversations += [(Conversation(objects), plain), ([Conversation(plain)] * 2, [plain, plain])]
+    for conversation, expected in conversations:
         inputs, wanted = (PROCESSOR.apply_chat_template(each, **options) for each in (conversation, expected))
         assert all(torch.equal(inputs[name], wanted[name]) for name in wanted)
     with pytest.raises(ValueError, match="Part 0 of message 0 of conversation 0 is text that holds <image>"):
