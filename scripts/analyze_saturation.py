@@ -19,7 +19,6 @@ import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +38,7 @@ from saturation_rule import KL_THRESHOLD, AnalysisError, summarize
 
 from configuration_dpvr import BACKBONES
 from processing_dpvr import CHAT_TEMPLATE
+from read_llava import own_template
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -113,7 +113,8 @@ def llava_samples(path: Path, images: Path) -> tuple[list[Sample], list[str]]:
         paths = [images / name for name in paths]
         turns = [turn.get("value", "") for turn in entry.get("conversations") or []]
         if turns:
-            paths = paths[: turns[0].count("<image>")]  # the others belong to later turns
+            counts = [turn.count("<image>") for turn in turns]
+            paths = paths[: counts[0]] if sum(counts) == len(paths) else paths  # the others belong to later turns
         elif "text" in entry:
             turns = [entry["text"]]
         else:
@@ -130,7 +131,7 @@ def llava_samples(path: Path, images: Path) -> tuple[list[Sample], list[str]]:
 
 
 def choose_samples(args: argparse.Namespace) -> list[Sample]:
-    """The samples to measure, in an order in which fewer samples are the first of more.
+    """The samples to measure and, behind the first `--samples`, those that stand in for what cannot be measured.
 
     Raises:
         AnalysisError: there is none, or with --answers one has no answer.
@@ -144,11 +145,10 @@ def choose_samples(args: argparse.Namespace) -> list[Sample]:
             samples, left_out = llava_samples(args.data, args.image_folder or args.data.parent)
             print("".join(f"{sentence}\n" for sentence in left_out), end="", file=sys.stderr)
         random.Random(args.seed).shuffle(samples)
-    samples = samples[: args.samples]
     if not samples:
         raise AnalysisError(f"{args.data} holds no question about an image.")
     if args.answers:
-        for sample in samples:
+        for sample in samples[: args.samples]:
             if not sample.answer:
                 raise AnalysisError(f"Sample {sample.id} has no answer, which --answers needs.")
     return samples
@@ -197,7 +197,8 @@ def render(processor, sample: Sample) -> tuple[str, str | None]:
     """The prompt up to where the answer begins, and the prompt with the answer if there is one."""
     content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.question}]
     messages = [{"role": "user", "content": content}]
-    template = {} if getattr(processor, "chat_template", None) else {"chat_template": CHAT_TEMPLATE}
+    has_own = getattr(processor, "chat_template", None)
+    template = {} if has_own else {"chat_template": own_template(processor) or CHAT_TEMPLATE}
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **template)
     if sample.answer is None:
         return prompt, None
@@ -311,6 +312,7 @@ def make_settings(args: argparse.Namespace, model) -> dict:
     """All that decides what a row of the results holds."""
     config = model.config
     return {
+        "format": 2,  # of the rows
         "model": shown(args.model),
         "model_type": config.model_type,
         "fingerprint": fingerprint(model),
@@ -332,26 +334,18 @@ def make_settings(args: argparse.Namespace, model) -> dict:
     }
 
 
-def pending_samples(samples: list[Sample], rows: list[dict], path: Path) -> Iterator[Sample]:
-    """Samples that no row is about.
-
-    Raises:
-        AnalysisError: a row of that name is about another question, image or answer.
-    """
-    asked = {row["sample"]: row for row in rows}
-    for sample in samples:
-        if (row := asked.get(sample.id)) is None:
-            yield sample
-        elif row["question"] != sample.question:
-            raise AnalysisError(
-                f"{path} has sample {sample.id} with the question {row['question']!r}, but the data now ask "
-                f"{sample.question!r}. Choose another --output, or --restart to discard its results."
-            )
-        elif row["digest"] != sample.digest():
-            raise AnalysisError(
-                f"{path} has sample {sample.id} with other images or another answer than the data now have. Choose "
-                "another --output, or --restart to discard its results."
-            )
+def check_row(row: dict, sample: Sample, path: Path) -> None:
+    """Raises AnalysisError if a row of the sample's name is about another question, image or answer."""
+    if row["question"] != sample.question:
+        raise AnalysisError(
+            f"{path} has sample {sample.id} with the question {row['question']!r}, but the data now ask "
+            f"{sample.question!r}. Choose another --output, or --restart to discard its results."
+        )
+    if row["digest"] != sample.digest():
+        raise AnalysisError(
+            f"{path} has sample {sample.id} with other images or another answer than the data now have. Choose "
+            "another --output, or --restart to discard its results."
+        )
 
 
 def check_layers(args: argparse.Namespace, num_layers: int) -> None:
@@ -362,8 +356,8 @@ def check_layers(args: argparse.Namespace, num_layers: int) -> None:
 
 
 def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dict]]:
-    """Measures the samples that OUTPUT lacks; returns settings and the rows of all, in order. A sample that cannot be
-    measured is told and left out.
+    """Measures the samples that OUTPUT lacks; returns settings and the rows of all, in order. For a sample that cannot
+    be measured the next one stands in, as far as there are more than `--samples`.
 
     Raises:
         AnalysisError: no sample can be measured, or what was measured before is not of this model or data.
@@ -375,34 +369,37 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
     settings = make_settings(args, model)
     check_settings(args.output / "settings.json", settings)
     path = args.output / "samples.jsonl"
-    rows = read_rows(path)
-    pending, is_checked = list(pending_samples(samples, rows, path)), False
+    rows = {row["sample"]: row for row in read_rows(path)}
+    chosen, is_checked, wanted = [], False, min(args.samples or len(samples), len(samples))
     passes = num_passes(args.metrics, range(num_layers) if args.layers is None else args.layers)
-    done = len(samples) - len(pending)
-    with tqdm(total=len(samples) * passes, initial=done * passes, unit="pass", disable=None) as bar:
-        for sample in pending:
+    with tqdm(total=wanted * passes, unit="pass", disable=None) as bar:
+        for sample in samples:
+            if len(chosen) == wanted:
+                break
             bar.set_description(f"sample {sample.id}")
             try:
+                if (row := rows.get(sample.id)) is not None:
+                    check_row(row, sample, path)
+                    chosen.append(row)
+                    bar.update(passes)
+                    continue
                 prompt = make_prompt(model, processor, sample, args.answers)
-            except SampleError as error:
+            except (SampleError, OSError) as error:
                 tqdm.write(f"left out: {error}", file=sys.stderr)
-                bar.update(passes)
                 continue
             if not is_checked:
                 check_backbone(model, prompt)
                 is_checked = True
             values, maps = measure(model, prompt, args.metrics, args.layers, args.num_fusion_layers, bar.update)
             tokens = {"vision_tokens": int(prompt.is_vision.sum()), "tokens": len(prompt.is_vision)}
-            index = samples.index(sample)
-            if maps is not None and index < args.maps:
-                save_maps(args.output / "maps" / f"{index:04}.npz", sample, maps, picture_of(prompt, processor))
+            if maps is not None and len(chosen) < args.maps:
+                save_maps(args.output / "maps" / f"{len(chosen):04}.npz", sample, maps, picture_of(prompt, processor))
             row = {"sample": sample.id, "question": sample.question, "digest": sample.digest(), **tokens, **values}
             append_row(path, row)
-            rows.append(row)
-    by_name = {row["sample"]: row for row in rows}
-    if not by_name:
+            chosen.append(row)
+    if not chosen:
         raise AnalysisError(f"None of {len(samples)} samples can be measured.")
-    return settings, [by_name[sample.id] for sample in samples if sample.id in by_name]
+    return settings, chosen
 
 
 def save_maps(path: Path, sample: Sample, maps: torch.Tensor, picture: np.ndarray | None) -> None:
@@ -505,7 +502,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--image-folder", type=Path, help="where the images of --data lie (default: beside it)")
     add("--question", default="Describe this image.", help="about pictures of a folder (default: %(default)s)")
     add("--questions", type=int, default=50, help="of each kind of the embedded task (default: %(default)s)")
-    add("--samples", type=int, help="at most so many (default: all)")
+    add("--samples", type=int, help="so many, if there are that many (default: all)")
     add("--answers", action="store_true", help="measure KL at the tokens of the data's answers, not the next alone")
     add("--metrics", type=metric_list, default=list(METRICS), help=f"of {','.join(METRICS)} (default: all)")
     add("--layers", type=layer_list, help="for the KL metrics, such as 0,4,8-12 (default: all)")

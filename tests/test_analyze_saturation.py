@@ -620,9 +620,16 @@ def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
     assert run(digits_run, "--questions", 2, "--seed", 1) == 1
     assert "seed=0, but this run has 1" in capsys.readouterr().err
     sample = analysis.Sample("0", (), "another question")
-    rows = [{"sample": "0", "question": "a question"}]
     with pytest.raises(rule.AnalysisError, match="'a question', but the data now ask 'another question'"):
-        list(analysis.pending_samples([sample], rows, digits_run))
+        analysis.check_row({"sample": "0", "question": "a question"}, sample, digits_run)
+    settings = json.loads((digits_run / "settings.json").read_text())
+    del settings["format"]
+    (digits_run / "settings.json").write_text(json.dumps(settings))  # as an older version of the script left it
+    try:
+        assert run(digits_run, "--questions", 2) == 1
+        assert "format=None, but this run has 2" in capsys.readouterr().err
+    finally:
+        (digits_run / "settings.json").write_text(json.dumps({**settings, "format": 2}))
 
 
 def test_other_images_or_answers_under_the_same_names_are_not_mixed(tmp_path, capsys):
@@ -651,7 +658,11 @@ def test_samples_that_cannot_be_measured_are_told_and_left_out(tmp_path, capsys)
     names = ["good.png", "bomb.png", "broken.png", "missing.png", "good.png"]
     turns = [{"from": "human", "value": "<image>\nWhat\u2028?"}, {"from": "gpt", "value": "seven"}]
     entries = [{"image": name, "conversations": turns} for name in names]
-    entries[-1] |= {"image": ["good.png", "bomb.png"]}  # the second is in a later turn
+    later = [*turns, {"from": "human", "value": "<image>\nAnd?"}]
+    entries[-1] = {"image": ["good.png", "bomb.png"], "conversations": later}  # the second is in a later turn
+    entries.append(
+        {"image": "good.png", "conversations": [{"value": "What?"}, {"value": "seven"}]}
+    )  # and this nowhere
     entries.append({"image": "good.png", "conversations": [{"value": "What?"}, *turns]})
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
@@ -663,9 +674,16 @@ def test_samples_that_cannot_be_measured_are_told_and_left_out(tmp_path, capsys)
     assert "left out: Sample 1:1: Image size (400000000 pixels) exceeds limit" in error
     assert "left out: Sample 2:2: cannot identify image file" in error
     rows, summary = results(tmp_path / "run")
-    assert sorted(row["sample"] for row in rows) == ["0:0", "4:4"]
-    assert summary["samples"] == 2
-    data.write_text(json.dumps(entries[2]))
+    assert sorted(row["sample"] for row in rows) == ["0:0", "4:4", "5:5"]
+    assert [row["vision_tokens"] for row in rows] == [36, 36, 36]
+    assert summary["samples"] == 3
+    options = ("--metrics", "withdrawal", "--layers", "7", "--samples", 2)
+    data.write_text("".join(json.dumps(entry) + "\n" for entry in entries[1:3] + entries[:1] * 4))
+    assert run(tmp_path / "two", "--data", data, *options) == 0
+    assert results(tmp_path / "two")[1]["samples"] == 2  # others stand in
+    data.write_text(json.dumps({"id": "another", **entries[2]}))
+    assert run(tmp_path / "run", "--data", data, "--metrics", "withdrawal", "--layers", "7") == 1
+    assert "None of 1 samples can be measured" in capsys.readouterr().err
     assert run(tmp_path / "other", "--data", data) == 1
     assert "None of 1 samples can be measured" in capsys.readouterr().err
 
@@ -731,7 +749,7 @@ def test_question_files_and_folders_of_pictures_are_read(tmp_path):
     assert left_out == []
     args = analysis.make_parser().parse_args(["--data", str(tmp_path), "--samples", "1"])
     every = analysis.make_parser().parse_args(["--data", str(tmp_path)])
-    assert analysis.choose_samples(args) == analysis.choose_samples(every)[:1]
+    assert analysis.choose_samples(args) == analysis.choose_samples(every)
 
 
 @pytest.mark.parametrize(
@@ -741,7 +759,7 @@ def test_question_files_and_folders_of_pictures_are_read(tmp_path):
         ('{"a": 1}', "holds a dict, not a list"),
         ("[3]", "entry 0 is a int"),
         ('[{"image": "0.png"}]', "entry 0 has neither conversations nor text"),
-        ('[{"image": "no.png", "text": "?"}]', "1 entries of "),
+        ('[{"image": "no.png", "text": "?"}]', "name images that are no files in"),
         ("[]", "holds no question"),
     ],
 )
