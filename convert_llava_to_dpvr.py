@@ -11,6 +11,7 @@ which runs no code. For POSIX systems: two conversions to one folder are kept ap
 
 import argparse
 import dataclasses
+import shlex
 import shutil
 import signal
 import sys
@@ -603,7 +604,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--side-branch-init", choices=("identity", "copy", "random"), default="identity")
     parser.add_argument("--adapter", metavar="PATH", help="trained side branch: a .safetensors file or its folder")
-    parser.add_argument("--vision-tower", metavar="NAME", help="CLIP tower of an original checkpoint, if not its own")
+    parser.add_argument(
+        "--vision-tower",
+        metavar="NAME",
+        help="CLIP of an original checkpoint, if not the one it names; weights of its own that it holds are kept",
+    )
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, if not the source's")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: the source's")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
@@ -651,7 +656,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def try_to_push(folder: Path, repo: str, private: bool) -> int:
     """Pushes a checkpoint, which stays whatever becomes of that. Returns the exit code."""
-    again = f"{folder} is converted; push it again with `python scripts/push_to_hub.py {folder} {repo}`"
+    command = ["python", "scripts/push_to_hub.py", str(folder), repo, *(["--private"] if private else [])]
+    again = f"{folder} is converted; push it again with `{shlex.join(command)}`"
     try:
         print(f"pushed to {push(folder, repo, private)}")
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ random; here each is the mean of the old rows, so that the same source always gi
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,15 +62,17 @@ NAMES = [  # the first pattern that matches a weight's name says what becomes of
     (r"(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
 ]
 # Put before a template that takes text alone: the images of a message before its text, as LLaVA has them
-IMAGES_FIRST = r"""
+IMAGES_FIRST = r"""{%- set bos_token = BOS -%}
 {%- set turns = namespace(all=[]) -%}
 {%- for message in messages -%}
     {%- set turn = namespace(images="", text="") -%}
     {%- for part in ([] if message.content is string or not message.content else message.content) -%}
         {%- if part.type == "text" -%}
             {%- set turn.text = turn.text ~ (" " if turn.text else "") ~ part.text -%}
-        {%- else -%}
+        {%- elif part.type in ("image", "image_url") -%}
             {%- set turn.images = turn.images ~ "<image>\n" -%}
+        {%- else -%}
+            {{- raise_exception("A message cannot hold " ~ part.type ~ ".") -}}
         {%- endif -%}
     {%- endfor -%}
     {%- set content = message.content if message.content is string else turn.images ~ turn.text -%}
@@ -187,18 +190,19 @@ def own_template(processor) -> str | None:
     None where there is none, or it is the one that llava-hf published with LLaVA-1.5: the right turns, but without
     the system sentence that the model was trained with. Templates of other models are their own.
     """
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    template = processor.tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
-    candidates = [template, IMAGES_FIRST + template] if template else []
-    for candidate in [processor.chat_template] if processor.chat_template else candidates:
-        messages = [{"role": "user", "content": content}]
+    tokenizer, messages = processor.tokenizer, [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    messages[0]["content"].insert(0, {"type": "image"})
+    template = processor.chat_template or tokenizer.chat_template
+    text = template.get("default") if isinstance(template, dict) else template
+    starts_itself = tokenizer("?").input_ids[0] == tokenizer.bos_token_id  # with a `<s>` that must not come twice
+    prefix = IMAGES_FIRST.replace("BOS", '""' if starts_itself else "bos_token")
+    for candidate in [text, prefix + text] if text else []:
         with contextlib.suppress(Exception):  # a template may be any code
             prompt = processor.apply_chat_template(messages, chat_template=candidate, add_generation_prompt=True)
             if prompt == "USER: <image>\n? ASSISTANT:":
                 return None
             if "<image>" in prompt:
-                return candidate
+                return template if candidate is text and processor.chat_template else candidate
     return processor.chat_template
 
 
@@ -213,8 +217,10 @@ def load_processor(folder: Path, tokenizer: str | None):
             processor.tokenizer = tokens
         except ConversionError:  # the checkpoint may have no tokenizer
             images = _from_pretrained(AutoImageProcessor, folder, "The image processor")
+            template = folder / "chat_template.jinja"
             with refusing(f"The tokenizer of {tokenizer} cannot be used"):
-                processor = LlavaProcessor(images, tokens)
+                own = template.read_text(encoding="utf-8") if template.is_file() else None
+                processor = LlavaProcessor(images, tokens, chat_template=own)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ConversionError(
             f"{folder} has a {type(processor).__name__}, not a processor of images and text, such as LlavaProcessor."
@@ -397,13 +403,17 @@ def add_special_tokens(tokenizer, text_config) -> None:
 def as_original_tokenizer(tokenizer):
     """The tokenizer of a SentencePiece model, so that "▁" stands before any text behind `<image>`, as in the original,
     which encodes what stands before and behind an image apart, and by llava-hf's tokenizer.json. Transformers' class
-    for Llama puts none there, also when it loads a tokenizer.json that says otherwise."""
+    for Llama puts none there, also when it loads a tokenizer.json that says otherwise. Behind `</s>`, between turns,
+    it then stands too, as by llava-hf's, where the original has none if its tokenizer says `"legacy": false`."""
     backend = tokenizer.backend_tokenizer
-    if getattr(backend.pre_tokenizer, "prepend_scheme", None) != "first":
+    state = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    parts = state.get("pretokenizers", [state])
+    if len(parts) != 1 or parts[0].get("prepend_scheme") != "first":
         return tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
-    names = ("bos_token", "eos_token", "unk_token", "pad_token", "padding_side", "model_max_length", "chat_template")
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "extra_special_tokens", "chat_template")
+    names += ("padding_side", "truncation_side", "model_max_length")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{name: getattr(tokenizer, name) for name in names})
 
 

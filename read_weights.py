@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from scripts.checksums import leads_out
+
 PIECE_BYTES = 2**20  # large enough that threads seldom hand one on
 MAX_HEADER_BYTES = 10**8  # safetensors' own limit
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -378,11 +380,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def check_inside(folder: Path, path: Path, why: str = "") -> None:
-    """Refuses links that lead out of a checkpoint's folder, but for those of the Hub's cache to its own blobs."""
-    folder, target = folder.resolve(), path.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    if not target.is_relative_to(folder) and not target.is_relative_to(blobs):
-        raise ConversionError(f"{path} is a link that leaves the folder, to {target}{why}.")
+    if leads_out(folder, path):
+        raise ConversionError(f"{path} is a link that leaves the folder, to {path.resolve()}{why}.")
 
 
 def tensors_of_folder(folder: Path) -> Iterator[StoredTensor]:

@@ -59,7 +59,7 @@ def sync(path: Path) -> None:
 
 
 def staging_of(output: Path) -> Path:
-    output = Path(os.path.abspath(output))  # "sub/.." has no name to put anything beside
+    output = output.resolve()  # "sub/.." has no name to put anything beside
     return output.parent / f".{output.name}.partial"
 
 
@@ -170,6 +170,8 @@ def _resume(output: Path, journal: BinaryIO, request: dict) -> Staging:
             staging.note(**line)
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
+        if path.is_symlink():
+            staging.finished.pop(path.name, None)
         if path.name not in staging.finished:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return staging

@@ -266,6 +266,8 @@ def _load_config(checkpoint: str | None, saturation_layer: int | None) -> DPVRCo
     from convert_llava_to_dpvr import choose_saturation_layer  # which imports this module
 
     config = DPVRConfig() if checkpoint is None else AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if not hasattr(config, "vision_config"):
+        raise ValueError(f"{checkpoint} is a {type(config).__name__}, not the config of a LLaVA or a DPVR.")
     fields = config.to_dict()
     is_routed = fields.pop("model_type") == "dpvr"
     if saturation_layer is not None or not is_routed:

@@ -18,13 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from read_weights import check_inside
-
 NAME = "SHA256SUMS"
-LEFT_OUT = (".gitattributes", ".cache", ".git")  # of the Hub, its client, and git
+LEFT_OUT = (".gitattributes", ".cache", ".git", ".venv")  # of the Hub, its client, git and Python
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -44,6 +39,13 @@ def list_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def leads_out(folder: Path, path: Path) -> bool:
+    """Whether a link leads out of a folder; those of the Hub's cache to its own blobs do not."""
+    folder, target = folder.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    return not target.is_relative_to(folder) and not target.is_relative_to(blobs)
+
+
 def check_files(folder: Path, names: list[str]) -> None:
     """Refuses what has no checksum of its own.
 
@@ -53,13 +55,15 @@ def check_files(folder: Path, names: list[str]) -> None:
     for name in names:
         if "\n" in name:
             raise ValueError(f"{name!r} has a line break in its name, which {NAME} cannot hold.")
-        check_inside(folder, folder / name)
+        if leads_out(folder, folder / name):
+            raise ValueError(f"{name} is a link that leaves the folder {folder}.")
         if not (folder / name).is_file():
             raise ValueError(f"{name} is no file, or a link to none.")
 
 
 def _is_apart(folder: Path, path: Path) -> bool:
-    return path.parts[0] in LEFT_OUT or any((folder / parent / NAME).is_file() for parent in path.parents[:-1])
+    is_left_out = path.parts[0] in LEFT_OUT or path.parent.name == "__pycache__"
+    return is_left_out or any((folder / parent / NAME).is_file() for parent in path.parents[:-1])
 
 
 def compute_checksums(files: dict[str, Path]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
-# from_pretrained reads model.safetensors before an index, and shards by the index alone
-MODEL_WEIGHTS = re.compile(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?")
+# What transformers and the converter call weights; from_pretrained reads model.safetensors before an index
+MODEL_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5}|-base|-side-branch)?\.(safetensors|bin)(\.index\.json)?")
 
 
 class PublishError(ValueError):
@@ -18,7 +18,7 @@ class PublishError(ValueError):
 
 def publish(api: HfApi, repo: str, files: dict[str, Path], message: str) -> str:
     """Uploads `files`, by their names in the repository, in one commit, which also deletes the weights that an earlier
-    model left beside a new one. Returns the commit's address.
+    model left beside a new one; its other files stay. Returns the commit's address.
 
     Raises:
         PublishError: a checkpoint and an adapter would lie at the root of one repository.

@@ -26,6 +26,7 @@ from llava_checkpoints import (
     decoder_layer,
     edit_config,
     make_llava,
+    make_tokenizer,
     read_output,
     trained_branch,
     write_llava_hf,
@@ -34,7 +35,7 @@ from llava_checkpoints import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers, processors
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -187,19 +188,45 @@ CHATML = (
 )
 
 
-@pytest.mark.parametrize("layout", ["llava-hf", "original"])
+@pytest.mark.parametrize("layout", ["llava-hf", "original", "chat_template.jinja", "without a tokenizer"])
 def test_the_template_of_a_tokenizer_is_kept_and_takes_images(tmp_path, layout):
-    write = write_llava_hf if layout == "llava-hf" else write_original
+    write, options = write_original if layout == "original" else write_llava_hf, {}
     source = write(tmp_path / "llava", make_llava())
     path = source / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHATML}))
-    convert(source, tmp_path / "dpvr")
+    if layout in ("llava-hf", "original"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHATML}))
+    else:  # where transformers 5 writes it, so that it counts as the processor's
+        (source / "chat_template.jinja").write_text(CHATML)
+    if layout == "without a tokenizer":
+        options["tokenizer"] = str(tmp_path / "tokenizer")
+        make_tokenizer(special=True).save_pretrained(tmp_path / "tokenizer")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (source / name).unlink()
+    convert(source, tmp_path / "dpvr", **options)
     content = [{"type": "image"}, {"type": "text", "text": "w5"}, {"type": "image"}, {"type": "text", "text": "w6"}]
     messages = [{"role": "system", "content": "w4"}, {"role": "user", "content": content}]
     processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
         "<|im_start|>system\nw4<|im_end|><|im_start|>user\n<image>\n<image>\nw5 w6<|im_end|><|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_template_that_writes_the_start_itself_gives_one_start(tmp_path, adds_bos):
+    source = write_original(tmp_path / "llava", make_llava())
+    path = source / "tokenizer_config.json"
+    template = "{{ bos_token + ' ' }}" + CHATML
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    if adds_bos:
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.save(str(source / "tokenizer.json"))
+    convert(source, tmp_path / "dpvr")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "w5"}]}]
+    ids = processor(text=processor.apply_chat_template(messages))["input_ids"][0]
+    assert ids.count(1) == 1
+    assert ids[0] == 1
 
 
 def test_the_original_layout_pads_as_generation_needs_it_whatever_training_did(tmp_path):
@@ -224,11 +251,13 @@ def train_sentencepiece() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("layout", ["original", "llava-hf"])
+@pytest.mark.parametrize("layout", ["original", "original mistral", "llava-hf"])
 def test_prompts_have_the_originals_ids(tmp_path, layout):
     """The original's code encodes what stands before and behind an image apart. liuhaotian/llava-v1.5-7b has a
     tokenizer.model alone, llava-hf a tokenizer.json with a normalizer."""
-    source, model = write_original(tmp_path / "llava", make_llava()), train_sentencepiece()
+    options = {"model_type": "llava_mistral"} if layout == "original mistral" else {}
+    backbone = "mistral" if options else "llama"
+    source, model = write_original(tmp_path / "llava", make_llava(backbone), **options), train_sentencepiece()
     for path in source.glob("*token*.json"):
         path.unlink()
     (source / "tokenizer.model").write_bytes(model)

@@ -164,6 +164,17 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, 
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_a_finished_shard_that_was_replaced_by_a_link_is_written_again(tmp_path, source, monkeypatch):
+    first = min(interrupted(source, tmp_path / "dpvr", monkeypatch))
+    path = write_checkpoint.staging_of(tmp_path / "dpvr") / first
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    convert(source, tmp_path / "dpvr")
+    assert not any(path.is_symlink() for path in (tmp_path / "dpvr").iterdir())
+    assert (tmp_path / "dpvr" / first).read_bytes() == (tmp_path / "elsewhere").read_bytes()
+
+
+@pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_what_is_read_back_must_be_what_was_read(tmp_path, source, monkeypatch, dtype):
     sync = write_checkpoint.sync

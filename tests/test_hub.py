@@ -80,7 +80,7 @@ OLDER = {  # what an earlier model has left in a repository
     "pytorch_model-00001-of-00002.bin": b"old",
     "pytorch_model.bin.index.json": b"{}",
     "adapters/a/adapter_model.safetensors": b"kept",
-    "model_card.md": b"kept",
+    "model_ema.safetensors": b"kept",
 }
 PUSH_ALL = """
 import os
@@ -170,7 +170,11 @@ def test_weights_of_an_earlier_model_are_deleted_by_the_commit_that_brings_new_o
     hub = pushed[0]
     files = hub.files("org/older")
     assert len(hub.commits["org/older"]) == 2
-    assert files.keys() & OLDER.keys() == {"config.json", "adapters/a/adapter_model.safetensors", "model_card.md"}
+    assert files.keys() & OLDER.keys() == {
+        "config.json",
+        "adapters/a/adapter_model.safetensors",
+        "model_ema.safetensors",
+    }
     for path in (folders / "dpvr").iterdir():
         assert files[path.name] == path.read_bytes()
 
@@ -190,8 +194,8 @@ def test_the_converter_pushes_what_it_has_made_and_says_how_to_push_it_again(pus
     ):
         assert said[label].endswith("\n1\n")
         assert word in errors[label]
-        again = f"out/{label} is converted; push it again with `python scripts/push_to_hub.py out/{label} {repo}`"
-        assert again in errors[label]
+        command = f"python scripts/push_to_hub.py 'out/{label}' {repo} --private"
+        assert f"out/{label} is converted; push it again with `{command}`" in errors[label]
         assert "Traceback" not in errors[label]
         assert not any("modeling_dpvr.py" in files for _, files in hub.commits[repo])
 

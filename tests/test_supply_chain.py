@@ -197,6 +197,14 @@ def test_links_to_folders_and_to_nothing_are_not_overlooked(release, tmp_path_fa
     assert "with space.txt is no file, or a link to none" in capsys.readouterr().err
 
 
+def test_what_python_leaves_behind_is_no_fault_and_torch_is_not_needed(release):
+    (release / "sub" / "__pycache__").mkdir()
+    (release / "sub" / "__pycache__" / "code.cpython-311.pyc").write_bytes(b"")
+    program = "import sys; sys.modules['torch'] = None; sys.path[:0] = sys.argv[1:2]; from scripts import checksums; "
+    program += "sys.exit(checksums.main([sys.argv[2], '--check']))"
+    subprocess.run([sys.executable, "-c", program, str(ROOT), str(release)], check=True)
+
+
 def test_nothing_is_written_through_a_link(release, tmp_path, capsys):
     (release / "SHA256SUMS").unlink()
     (release / "SHA256SUMS").symlink_to(tmp_path / "elsewhere")
