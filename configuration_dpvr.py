@@ -64,6 +64,16 @@ class DPVRConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.check_routing()
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers, after a check that what is saved can be loaded."""
+        self.check_routing()
+        return super().save_pretrained(*args, **kwargs)
+
+    def check_routing(self) -> None:
+        """Raises ValueError as the class says. Models call it too: what `from_pretrained` gets by keyword transformers
+        sets once a config has been made."""
         for name in ("saturation_layer", "num_side_layers", "num_fusion_layers"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer.")

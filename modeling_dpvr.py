@@ -506,26 +506,28 @@ class DPVRPreTrainedModel(LlavaPreTrainedModel):
             if hasattr(model, "side_branch"):  # absent while LlavaModel's own constructor runs
                 model.initialize_side_branch()
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code files and the entries of every auto class are written along."""
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, **kwargs)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class DPVRModel(DPVRPreTrainedModel, LlavaModel):
     """LLaVA without its head, whose decoder routes vision tokens (see the figure at the top of this file)."""
 
     def __init__(self, config: DPVRConfig):
+        config.check_routing()
         super().__init__(config)
         self.side_branch = SideBranch(config, self.language_model)
         self.post_init()
         self._pp_plan = {}  # LLaVA's describes a plain loop over the layers
-        self._routing = (
-            config.text_config.num_hidden_layers,
-            config.saturation_layer,
-            config.first_fusion_layer,
-            config.num_side_layers,
-        )
+
+    @property
+    def _routing(self) -> tuple[int, int, int, int]:
+        """What a cache is filled for."""
+        config = self.config
+        num_layers = config.text_config.num_hidden_layers
+        return num_layers, config.saturation_layer, config.first_fusion_layer, config.num_side_layers
 
     def initialize_side_branch(self) -> None:
         source = self.language_model.layers[self.config.saturation_layer]
@@ -561,6 +563,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache = past_key_values if cache is None else cache
+        return_dict = kwargs.pop("return_dict", None)
         image_outputs = image_features = None
         if pixel_values is not None or mm_encoder_outputs:
             image_outputs, image_features = self.encode_images(
@@ -569,10 +572,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
+                **kwargs,
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        is_continued = cache is not None and self.has_filled(cache)
+        num_seen = cache.get_seq_length() if cache is not None else 0
+        is_continued = cache is not None and self.has_filled(cache) and (type(num_seen) is not int or num_seen > 0)
         is_vision = self.find_vision_tokens(
             input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, is_continued
         )
@@ -582,7 +587,6 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             use_cache = self.config.text_config.use_cache and not is_checkpointing
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.text_config)
-        return_dict = kwargs.pop("return_dict", None)
         outputs = self.decode(
             inputs_embeds, is_vision, image_features, attention_mask, position_ids, cache, logits_to_keep, **kwargs
         )
@@ -617,6 +621,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                     f"pixel_values has shape {tuple(pixel_values.shape)}; the vision tower takes (number of images, "
                     f"{num_channels}, height, width). Leave pixel_values out where there is no image."
                 )
+            if kwargs.get("output_hidden_states") is not True:
+                kwargs.pop("output_hidden_states", None)  # a selection is of the decoder's layers
             outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         if outputs is None:
             return None, None
@@ -752,6 +758,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         text_slots = num_layers + self.config.num_side_layers
         # Keys and values of the side branch are read by later vision tokens alone
         kept = cache if getattr(cache, "expects_images", True) else None
+        if vision and cache is not kept and type(num_seen) is int and num_seen > 0:
+            raise ValueError(
+                f"The cache holds {num_seen} tokens and, as its expects_images is False, nothing of the side branch, "
+                "which the image of this call would read. Leave expects_images at True where images may follow."
+            )
         return (
             call,
             text
@@ -910,6 +921,13 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises ValueError: `generate_batch` keeps keys and values in pages of one size for every layer."""
+        raise ValueError(
+            "Continuous batching (generate_batch) keeps the same tokens for every layer, and DPVR's layers see "
+            "different ones. Use generate, with padded batches."
+        )
 
     def get_image_features(self, pixel_values: torch.Tensor, *args, **kwargs) -> BaseModelOutputWithPooling:
         """Image features after the projector, as [`~transformers.LlavaModel.get_image_features`]."""

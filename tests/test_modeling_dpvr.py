@@ -30,6 +30,7 @@ from tiny import (
 )
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -513,6 +514,64 @@ def test_a_cache_of_another_geometry_is_refused(models, make_cache):
         models[5, 1, 1](input_ids=torch.tensor([[9]]), past_key_values=cache)
 
 
+def test_a_cache_filled_before_the_layer_was_changed_is_refused(model):
+    model, cache = copy.deepcopy(model), DynamicCache()
+    with torch.no_grad():
+        model(**make_batch(["tIt"]), past_key_values=cache)
+        model.config.saturation_layer += 1
+        with pytest.raises(ValueError, match="did not write them"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+def test_an_image_after_a_cache_that_expects_none_is_refused(model):
+    cache, later = DynamicCache(), make_batch(["It"], seed=3)
+    cache.expects_images = False
+    del later["attention_mask"]
+    with torch.no_grad():
+        model(**make_batch(["tIt"]), past_key_values=cache)
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"as its expects_images is False, nothing of the side branch"):
+            model(**later, past_key_values=cache)
+
+
+def test_a_cache_that_was_reset_is_taken_as_an_empty_one(model):
+    cache, batch = DynamicCache(), make_batch(["tIt"])
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+        cache.reset()
+        logits = model(**batch, past_key_values=cache).logits
+        assert torch.equal(logits, model(**batch).logits)
+        cache.reset()
+        text = model(input_ids=batch["input_ids"], past_key_values=cache).logits  # image tokens without an image: text
+        assert torch.equal(text, model(input_ids=batch["input_ids"]).logits)
+
+
+def test_continuous_batching_is_refused_with_a_word(model):
+    with pytest.raises(ValueError, match="Continuous batching .* Use generate, with padded batches"):
+        model.generate_batch(inputs=[[7, 8, 9]], generation_config=GenerationConfig(max_new_tokens=2))
+
+
+def test_what_the_vision_tower_takes_and_gives_is_passed_on_as_by_llava():
+    llava = make_llava(attn_implementation="eager").eval()
+    model = make_dpvr(saturation_layer=NUM_LAYERS - 1, random_branch=False, attn_implementation="eager").eval()
+    model.load_state_dict(llava.state_dict(), strict=False)
+    size = llava.config.vision_config.image_size
+    num_tokens = (2 * size // llava.config.vision_config.patch_size) ** 2
+    ids = torch.tensor([[7] + [IMAGE] * num_tokens + [8]])
+    pixels = torch.randn(1, 3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(0))
+    options = {"interpolate_pos_encoding": True, "output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad():
+        ours = model(input_ids=ids, pixel_values=pixels, **options)
+        try:
+            theirs = llava(input_ids=ids, pixel_values=pixels, **options)
+        except ValueError:
+            pytest.skip("LLaVA passes nothing on in transformers 5.23")
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=1e-4)
+    for name in ("hidden_states", "attentions"):
+        mine, other = getattr(ours.image_outputs, name), getattr(theirs.image_outputs, name)
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
 def test_an_attention_mask_that_misses_the_cache_is_refused(model):
     cache = model(**make_batch(["ttItt"])).past_key_values
     with pytest.raises(ValueError, match="covers 1 tokens, but the cache holds 8 and this call 1 more"):
@@ -549,6 +608,27 @@ def test_a_prompt_longer_than_the_sliding_window_is_refused():
 def test_a_config_that_cannot_be_routed_is_refused_by_its_field(fields, message):
     with pytest.raises(ValueError, match=message):
         DPVRConfig(**{"text_config": text_config(), "saturation_layer": 2, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"saturation_layer": -1}, "saturation_layer=-1 must be between 1 and"),
+        ({"saturation_layer": "2"}, "saturation_layer='2' must be an integer"),
+        ({"num_fusion_layers": 0}, "num_fusion_layers=0 must be between 1 and"),
+        ({"saturation_layer": NUM_LAYERS - 1, "num_fusion_layers": 3}, f"saturation_layer={NUM_LAYERS - 1} must be"),
+    ],
+)
+def test_a_routing_given_to_from_pretrained_is_checked_like_any(tmp_path, fields, message):
+    make_dpvr().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DPVRForConditionalGeneration.from_pretrained(tmp_path, **fields)
+    config = DPVRConfig.from_pretrained(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
+        config.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    model = DPVRForConditionalGeneration.from_pretrained(tmp_path, saturation_layer=2)
+    assert model.config.num_text_only_layers == NUM_LAYERS - 3
 
 
 def test_the_default_configuration_is_llava_7b_with_the_papers_layers():
