@@ -61,8 +61,10 @@ NAMES = [  # the first pattern that matches a weight's name says what becomes of
     (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
     (r"(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
 ]
+# Put before a template whose `<s>` the tokenizer writes too
+NO_START = '{%- set bos_token = "" -%}'
 # Put before a template that takes text alone: the images of a message before its text, as LLaVA has them
-IMAGES_FIRST = r"""{%- set bos_token = BOS -%}
+IMAGES_FIRST = r"""
 {%- set turns = namespace(all=[]) -%}
 {%- for message in messages -%}
     {%- set turn = namespace(images="", text="") -%}
@@ -190,19 +192,19 @@ def own_template(processor) -> str | None:
     None where there is none, or it is the one that llava-hf published with LLaVA-1.5: the right turns, but without
     the system sentence that the model was trained with. Templates of other models are their own.
     """
-    tokenizer, messages = processor.tokenizer, [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    messages[0]["content"].insert(0, {"type": "image"})
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    tokenizer, messages = processor.tokenizer, [{"role": "user", "content": content}]
     template = processor.chat_template or tokenizer.chat_template
     text = template.get("default") if isinstance(template, dict) else template
-    starts_itself = tokenizer("?").input_ids[0] == tokenizer.bos_token_id  # with a `<s>` that must not come twice
-    prefix = IMAGES_FIRST.replace("BOS", '""' if starts_itself else "bos_token")
-    for candidate in [text, prefix + text] if text else []:
+    start = NO_START if tokenizer("?").input_ids[0] == tokenizer.bos_token_id else ""
+    for prefix in ("" if processor.chat_template else start, start + IMAGES_FIRST) if text else ():
         with contextlib.suppress(Exception):  # a template may be any code
+            candidate = prefix + text
             prompt = processor.apply_chat_template(messages, chat_template=candidate, add_generation_prompt=True)
             if prompt == "USER: <image>\n? ASSISTANT:":
                 return None
             if "<image>" in prompt:
-                return template if candidate is text and processor.chat_template else candidate
+                return candidate if prefix else template
     return processor.chat_template
 
 

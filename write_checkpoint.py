@@ -59,7 +59,7 @@ def sync(path: Path) -> None:
 
 
 def staging_of(output: Path) -> Path:
-    output = output.resolve()  # "sub/.." has no name to put anything beside
+    output = output.resolve()  # "folder/.." is not the name that it gets
     return output.parent / f".{output.name}.partial"
 
 

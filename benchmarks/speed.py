@@ -12,12 +12,12 @@ Runs are interleaved: every repetition measures each method once, after one roun
     parts      DPVR's layers alone, on inputs made beforehand and with a KV cache to fill: joint, text-only, side
                branch, last
     routing    what DPVR does beside its layers: plans, packing, masks
-    decode     one token after the other, from the cache that prefill left
+    decode     one token after the other, from the cache that prefill left, the methods in turns
     memory     on a GPU: most memory during prefill beyond what was held before it
     profile    one more prefill of LLaVA and of DPVR under torch's profiler: where the time goes
 
-Times are medians with the 10th and 90th percentile, and ratios are medians of ratios within a repetition; only that of
-decoding, which a CPU measures in one repetition, is a ratio of medians. Beside them stands the ratio of decoder FLOPs
+Times are medians with the 10th and 90th percentile, and ratios are medians of ratios within a repetition or, of
+decoding, which a CPU measures in one repetition, a step. Beside them stands the ratio of decoder FLOPs
 (`accounting.py`, `baselines.py`), which a machine bound by arithmetic shows. On a GPU, CUDA events take the times.
 
 With `--one-layer` all layers of the decoder have the same weights in memory, so that LLaVA-1.5-7B in fp32 fits where
@@ -219,16 +219,23 @@ def prefill(method: Method, prompt: dict, features) -> object:
     )
 
 
-def decode(method: Method, prompt: dict, outputs, num_tokens: int, meter: Meter) -> list[float]:
-    """Seconds of each of `num_tokens` greedy steps."""
-    cache, mask, seconds = outputs[CACHE], prompt["attention_mask"], []
-    token = outputs.logits[:, -1:].argmax(-1)
+def decode(
+    methods: list[Method], prompt: dict, prefilled: dict[str, object], num_tokens: int, meter: Meter
+) -> dict[str, list[float]]:
+    """Seconds of each of `num_tokens` greedy steps of each method, whose prefill gave `prefilled`: a step of each in
+    turn, since a machine is not as fast at one time as at another."""
+    mask, seconds = prompt["attention_mask"], {method.name: [] for method in methods}
+    tokens = {name: outputs.logits[:, -1:].argmax(-1) for name, outputs in prefilled.items()}
+    caches = {name: outputs[CACHE] for name, outputs in prefilled.items()}
     for _ in range(num_tokens):
         mask = torch.cat([mask, mask[:, :1]], 1)
-        step = {"input_ids": token, "attention_mask": mask, CACHE: cache}
-        taken, outputs = meter.time(lambda step=step: method.model(**step, logits_to_keep=1))
-        token = outputs.logits[:, -1:].argmax(-1)
-        seconds.append(taken)
+        for method in methods:
+            step = {"input_ids": tokens[method.name], "attention_mask": mask, CACHE: caches[method.name]}
+            if method.stages:
+                method.model.stages = method.stages
+            taken, outputs = meter.time(lambda m=method, step=step: m.model(**step, logits_to_keep=1))
+            tokens[method.name] = outputs.logits[:, -1:].argmax(-1)
+            seconds[method.name].append(taken)
     return seconds
 
 
@@ -316,7 +323,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
     memory, stored, alone, tower = {}, {}, {name: [] for name in parts.prepare()}, []
     title = f"{num_vision} + {num_text}, batch {batch}"
     for repetition in tqdm(range(args.repeats + 1), desc=title, disable=None):
-        is_counted = repetition > 0
+        is_counted, prefilled = repetition > 0, {}
         for method in methods:
             if not is_counted:
                 memory[method.name], outputs = meter.peak(lambda m=method: prefill(m, prompt, features))
@@ -325,7 +332,10 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
             taken, outputs = meter.time(lambda m=method: prefill(m, prompt, features))
             seconds[method.name].append(taken)
             if repetition == 1 or meter.is_cuda:
-                steps[method.name] += decode(method, prompt, outputs, args.decode_tokens, meter)
+                prefilled[method.name] = outputs
+        if prefilled:
+            for name, taken in decode(methods, prompt, prefilled, args.decode_tokens, meter).items():
+                steps[name] += taken
         for name, call in parts.prepare().items():
             taken, _ = meter.time(call)
             alone[name] += [taken] * is_counted
@@ -340,7 +350,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
             "flops_ratio": method.flops(num_vision, num_text) / base.flops(num_vision, num_text),
             "first_token_seconds": summary([a + b for a, b in zip(seconds[method.name], tower, strict=True)]),
             "decode_step_seconds": summary(steps[method.name]) if args.decode_tokens else None,
-            "decode_ratio": float(np.median(steps[method.name]) / np.median(steps[base.name]))
+            "decode_ratio": float(np.median(np.divide(steps[method.name], steps[base.name])))
             if args.decode_tokens
             else None,
             "peak_bytes": memory[method.name],
