@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from tokenizers import normalizers
+from tokenizers import decoders, normalizers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -408,12 +408,18 @@ def as_original_tokenizer(tokenizer):
     for Llama puts none there, also when it loads a tokenizer.json that says otherwise. Behind `</s>`, between turns,
     it then stands too, as by llava-hf's, where the original has none if its tokenizer says `"legacy": false`."""
     backend = tokenizer.backend_tokenizer
-    state = json.loads(backend.to_str())["pre_tokenizer"] or {}
-    parts = state.get("pretokenizers", [state])
-    if len(parts) != 1 or parts[0].get("prepend_scheme") != "first":
+    state = json.loads(backend.to_str())
+    first, normalizer = state["pre_tokenizer"] or {}, state["normalizer"] or {}
+    parts = first.get("pretokenizers", [first])
+    is_first = len(parts) == 1 and parts[0].get("prepend_scheme") == "first"
+    # What transformers 5.23 makes of Mistral's, with no "▁" at all
+    is_bare = not first and [part.get("type") for part in normalizer.get("normalizers", [])] == ["Replace"]
+    if not is_first and not is_bare:
         return tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    backend.decoder = decoders.Sequence(steps)
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "extra_special_tokens", "chat_template")
     names += ("padding_side", "truncation_side", "model_max_length")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{name: getattr(tokenizer, name) for name in names})
