@@ -330,6 +330,7 @@ def test_a_dry_run_finds_a_broken_generation_config(tmp_path, source):
 
 
 def test_an_adapter_of_another_routing_or_base_is_refused_with_both_values(tmp_path, source):
+    pytest.importorskip("peft")
     from training.adapters import add_adapter, save_adapter
 
     for name, options in (("same", {}), ("fusion", {"num_fusion_layers": 2})):
