@@ -22,6 +22,13 @@ MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["dpvr"] = "DPVRForConditionalGeneration"
 
 # Decoders that are layers one after the other and a norm, and nothing else
 BACKBONES = ("llama", "mistral", "qwen2")
+ROUTING = ("saturation_layer", "num_side_layers", "num_fusion_layers")
+
+
+def attention_window(text_config) -> int | None:
+    """How many tokens the sliding layers of a decoder attend to; None if none slides."""
+    window, kinds = getattr(text_config, "sliding_window", None), getattr(text_config, "layer_types", None)
+    return window if not kinds or "sliding_attention" in kinds else None
 
 
 class DPVRConfig(LlavaConfig):
@@ -74,7 +81,7 @@ class DPVRConfig(LlavaConfig):
     def check_routing(self) -> None:
         """Raises ValueError as the class says. Models call it too: what `from_pretrained` gets by keyword transformers
         sets once a config has been made."""
-        for name in ("saturation_layer", "num_side_layers", "num_fusion_layers"):
+        for name in ROUTING:
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer.")
         if self.text_config.model_type not in BACKBONES:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import LlavaConfig
@@ -29,7 +29,7 @@ from configuration_dpvr import AUTO_MAP, DPVRConfig
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
 from scripts.checksums import write_checksums
-from scripts.publish import publish
+from scripts.publish import explain, open_repository, publish
 from side_branch_weights import (
     adapter_file,
     adapter_saturation_layer,
@@ -548,8 +548,7 @@ def convert(
 def push(folder: Path, repo: str, private: bool) -> str:
     """Uploads a converted checkpoint with its checksums, in one commit; the repository is made if it does not exist.
     Returns the commit's address."""
-    api = HfApi()
-    repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    api, repo = open_repository(repo, private)
     write_checksums(folder)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return publish(api, repo, files, "Upload a DPVR checkpoint")
@@ -664,8 +663,7 @@ def try_to_push(folder: Path, repo: str, private: bool) -> int:
         print(f"interrupted. {again}", file=sys.stderr)
         return 130
     except Exception as error:  # client and network fail in ways that have no common class
-        cause = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""
-        print(f"error: {error}{cause}\n{again}", file=sys.stderr)
+        print(f"error: {explain(error)}\n{again}", file=sys.stderr)
         return 1
     return 0
 

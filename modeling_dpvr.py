@@ -44,7 +44,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.output_capturing import capture_outputs, selected_hidden_states
 
-from .configuration_dpvr import AUTO_MAP, DPVRConfig
+from .configuration_dpvr import AUTO_MAP, DPVRConfig, attention_window
 
 logger = logging.get_logger(__name__)
 
@@ -896,11 +896,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 "Several sequences packed into one row (position_ids that restart, or cu_seq_lens_q) cannot be "
                 "routed. Pass one sequence a row, padded, with an attention_mask."
             )
-        text_config = self.config.text_config
-        layer_types = getattr(text_config, "layer_types", None) or []
-        window = getattr(text_config, "sliding_window", None)
-        is_sliding = "sliding_attention" in layer_types or (window is not None and not layer_types)
-        if is_sliding and int(num_seen) + length > window:
+        window = attention_window(self.config.text_config)
+        if window is not None and int(num_seen) + length > window:
             raise ValueError(
                 f"{int(num_seen) + length} tokens exceed text_config.sliding_window={window}. Sliding attention is "
                 "not routed: keep within the window, or set sliding_window to None if the backbone allows it."

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from configuration_dpvr import DPVRConfig
+from configuration_dpvr import ROUTING, DPVRConfig
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, check_dtype, read_json, read_safetensors
 
-ROUTING = ("saturation_layer", "num_side_layers", "num_fusion_layers")
 SHAPE = (
     "model_type",
     "num_hidden_layers",

@@ -46,7 +46,7 @@ from transformers import AutoConfig, LlavaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configuration_dpvr lies beside this folder
 
-from configuration_dpvr import DPVRConfig
+from configuration_dpvr import ROUTING, DPVRConfig
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def cache_bytes(
 def dense_config(config: DPVRConfig) -> LlavaConfig:
     """The LLaVA that a DPVR was made of."""
     fields = config.to_dict()
-    for name in ("saturation_layer", "num_side_layers", "num_fusion_layers", "model_type"):
+    for name in (*ROUTING, "model_type"):
         fields.pop(name, None)
     return LlavaConfig(**fields)
 

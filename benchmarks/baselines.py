@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file may
 from benchmarks import accounting
 from benchmarks.accounting import Flops, LayerLoad
 from benchmarks.caches import CACHE
-from configuration_dpvr import BACKBONES
+from configuration_dpvr import BACKBONES, attention_window
 from training.staged import pack, take
 
 # Checkpoints name LLaVA's weights as transformers 4 did; classes that are not its own are left out of the renaming
@@ -347,13 +347,13 @@ class PrunedLlavaModel(LlavaModel):
     ) -> torch.Tensor | None:
         """Causal mask of the layers from `layer_idx` on. `slots` `(B, seen + N)` is 0 or False at padding."""
         config, num_tokens = self.language_model.config, cache.get_seq_length(layer_idx) + hidden_states.shape[1]
-        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or []
-        if window and num_tokens > window and ("sliding_attention" in kinds or not kinds):
+        window = attention_window(config)
+        if window and num_tokens > window:
             raise ValueError(
                 f"{num_tokens} tokens exceed text_config.sliding_window={window}; keep within the window."
             )
         return create_causal_mask(
-            config=self.language_model.config,
+            config=config,
             inputs_embeds=hidden_states,
             attention_mask=slots,
             layer_idx=layer_idx,

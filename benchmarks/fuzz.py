@@ -372,10 +372,8 @@ def fuzz_converter(num_inputs: int, seed: int = 0, progress: bool = False, shrin
         sources = [(source, read_source(source)) for source in layouts]
 
         def try_damage(data) -> None:
-            kind, (source, originals) = (
-                data.draw(st.sampled_from(sorted(DAMAGES))),
-                data.draw(st.sampled_from(sources)),
-            )
+            kind = data.draw(st.sampled_from(sorted(DAMAGES)))
+            source, originals = data.draw(st.sampled_from(sources))
             outcomes[f"{kind}, {converted_or_refused(source, originals, DAMAGES[kind](data, originals))}"] += 1
 
         seconds = run(st.data(), try_damage, num_inputs, seed, progress, shrink, "converter")

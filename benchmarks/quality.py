@@ -144,9 +144,8 @@ def prompt_cost(dense_config, method, vision_tokens: int, text_tokens: int) -> t
         return flops, sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
     arguments = (dense_config, method, vision_tokens, text_tokens)
     loads = accounting.read_one_token(baselines.prefill_loads(*arguments))
-    return accounting.decoder_flops(dense_config, loads) + baselines.ranking_flops(*arguments), baselines.cache_bytes(
-        *arguments
-    )
+    flops = accounting.decoder_flops(dense_config, loads) + baselines.ranking_flops(*arguments)
+    return flops, baselines.cache_bytes(*arguments)
 
 
 def relative_cost(dense_config, method, lengths: dict[int, int]) -> tuple[float, float]:

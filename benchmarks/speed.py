@@ -76,6 +76,12 @@ class Method:
     flops: Callable[[int, int], int]
     stages: tuple = ()
 
+    def __call__(self, **inputs):
+        """The outputs for the last token; baselines share a model, which drops tokens as the last of them said."""
+        if self.stages:
+            self.model.stages = self.stages
+        return self.model(**inputs, logits_to_keep=1)
+
 
 # ---------------------------------------------------------------------------------------------- models
 
@@ -208,15 +214,8 @@ def make_prompt(config, num_vision: int, num_text: int, batch: int, device: torc
 
 def prefill(method: Method, prompt: dict, features) -> object:
     """The prompt in one call, as `generate` makes it."""
-    if method.stages:
-        method.model.stages = method.stages
-    return method.model(
-        **prompt,
-        **{CACHE: make_cache(method.model.config)},
-        mm_encoder_outputs={"image": features},
-        logits_to_keep=1,
-        use_cache=True,
-    )
+    cache = make_cache(method.model.config)
+    return method(**prompt, **{CACHE: cache}, mm_encoder_outputs={"image": features}, use_cache=True)
 
 
 def decode(
@@ -231,9 +230,7 @@ def decode(
         mask = torch.cat([mask, mask[:, :1]], 1)
         for method in methods:
             step = {"input_ids": tokens[method.name], "attention_mask": mask, CACHE: caches[method.name]}
-            if method.stages:
-                method.model.stages = method.stages
-            taken, outputs = meter.time(lambda m=method, step=step: m.model(**step, logits_to_keep=1))
+            taken, outputs = meter.time(lambda m=method, step=step: m(**step))
             tokens[method.name] = outputs.logits[:, -1:].argmax(-1)
             seconds[method.name].append(taken)
     return seconds

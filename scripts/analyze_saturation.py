@@ -36,7 +36,7 @@ from saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fu
 from saturation_report import read_summary, write_report
 from saturation_rule import KL_THRESHOLD, AnalysisError, summarize
 
-from configuration_dpvr import BACKBONES
+from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import own_template
 
@@ -231,9 +231,8 @@ def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:
         made = Prompt(inputs, inputs["input_ids"][0] == model.config.image_token_id, length)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise SampleError(f"Sample {sample.id}: {error}") from error
-    text = model.config.text_config
-    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or []
-    if window and len(made.is_vision) > window and ("sliding_attention" in kinds or not kinds):
+    window = attention_window(model.config.text_config)
+    if window and len(made.is_vision) > window:
         raise SampleError(
             f"Sample {sample.id}: {len(made.is_vision)} tokens exceed text_config.sliding_window={window}, which the "
             "layers are not measured beyond."

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +47,16 @@ class Result:
 def make_checkpoint(output: Path) -> None:
     """The DPVR checkpoint of the embedded LLaVA; one that an earlier run left, and nothing else, is made anew."""
     examples, config = ROOT / "examples", output / "config.json"
-    with tempfile.TemporaryDirectory(prefix="dpvr-demo-") as folder:
-        made = Path(folder, "dpvr")
-        convert(examples / "tiny-llava", made, adapter=examples / "dpvr-tiny-adapter")
-        if config.is_file() and json.loads(config.read_text()).get("model_type") == "dpvr":
+    make = partial(convert, examples / "tiny-llava", adapter=examples / "dpvr-tiny-adapter")
+    if config.is_file() and json.loads(config.read_text()).get("model_type") == "dpvr":
+        with tempfile.TemporaryDirectory(prefix="dpvr-demo-") as folder:
+            made = Path(folder, "dpvr")
+            make(made)
             others = {path.name for path in output.iterdir()} - {path.name for path in made.iterdir()}
-            if others:
-                sys.exit(f"error: {output} holds {min(others)}, which no demo has made; give another --output")
-            shutil.rmtree(output)
-    print(convert(examples / "tiny-llava", output, adapter=examples / "dpvr-tiny-adapter"), end="\n\n")
+        if others:
+            sys.exit(f"error: {output} holds {min(others)}, which no demo has made; give another --output")
+        shutil.rmtree(output)
+    print(make(output), end="\n\n")
 
 
 def run(model, processor, picture, questions, held_out) -> Result:

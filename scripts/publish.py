@@ -16,6 +16,17 @@ class PublishError(ValueError):
     """A repository that the files are not for."""
 
 
+def open_repository(repo: str, private: bool, token: str | None = None) -> tuple[HfApi, str]:
+    """The Hub's client and the full name of a repository, which is made, private if so asked, if it does not exist."""
+    api = HfApi(token=token)
+    return api, api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+
+
+def explain(error: Exception) -> str:
+    """What an error of an upload says, with its cause where the client names that alone."""
+    return f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else str(error)
+
+
 def publish(api: HfApi, repo: str, files: dict[str, Path], message: str) -> str:
     """Uploads `files`, by their names in the repository, in one commit, which also deletes the weights that an earlier
     model left beside a new one; its other files stay. Returns the commit's address.

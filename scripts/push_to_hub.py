@@ -15,13 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.checksums import write_checksums
-from scripts.publish import publish
+from scripts.publish import explain, open_repository, publish
 from training.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import PLOT_FILE, make_card, plot_losses
 
@@ -110,8 +108,7 @@ def push_to_hub(
     files, is_adapter = files_of(folder)
     if subfolder and not is_adapter:
         raise AdapterError(f"{folder} is a checkpoint, which lies at the root of its repository: give no subfolder.")
-    api = HfApi(token=token)
-    repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    api, repo = open_repository(repo, private, token)
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
     with tempfile.TemporaryDirectory(prefix="dpvr-card-") as made:
         target = Path(made)
@@ -141,8 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         address = push_to_hub(options.folder, options.repo, subfolder=options.subfolder, private=options.private)
     except Exception as error:  # client, network and file system fail in ways that have no common class
-        cause = error.__cause__ if isinstance(error, RuntimeError) else None
-        print(f"error: {error}{f' {cause}' if cause else ''}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         print(f"{options.repo}: the upload is one commit, so no part of it is published", file=sys.stderr)
         return 1
     print(f"pushed to {address}")

@@ -54,10 +54,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from configuration_dpvr import ROUTING
 from convert_llava_to_dpvr import choose_saturation_layer, make_dpvr_config
 from processing_dpvr import DPVRProcessor
 from read_llava import convert_processor
-from side_branch_weights import ROUTING, SAMPLE_SIZE, describe, find_mismatch, make_sample
+from side_branch_weights import SAMPLE_SIZE, describe, find_mismatch, make_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = "adapter_config.json", "adapter_model.safetensors", "side_branch.safetensors"
