@@ -39,6 +39,7 @@ from side_branch_weights import (
 )
 from write_checkpoint import (
     Staging,
+    check_disk,
     check_output,
     link_files,
     plan_shards,
@@ -529,6 +530,7 @@ def convert(
         plan = Plan(plan_shards(base, branch, DTYPES[dtype].itemsize), {}, [], DTYPES[dtype])
     summary = summarize(checkpoint, config, base, branch, dtype, side_branch_init, why)
     if dry_run:
+        check_disk(output, plan.shards.values(), plan.dtype)
         return summary
     summary = dataclasses.replace(summary, output=output, linked=plan.linked)
     request = {
@@ -615,7 +617,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--link", action="store_true", help="make hard links to the source's weight files, write only the side branch"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check all but the weights' numbers, write nothing")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result")
     parser.add_argument("--private", action="store_true", help="make a private repository")
     return parser

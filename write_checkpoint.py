@@ -18,7 +18,7 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,17 @@ def check_output(output: Path, source: Path) -> None:
         raise ConversionError(f"The source {source} lies in the output {output}; nothing is overwritten.")
     if exists and not was_renamed(output) and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output} exists and is not an empty folder; nothing is overwritten.")
+
+
+def check_disk(output: Path, shards: Iterable[list[Weight]], dtype: torch.dtype) -> None:
+    """Refuses, before anything is written, an output that the disk will refuse. Where a killed conversion has left
+    some of it, what room is missing is not asked."""
+    parent = next(path for path in output.absolute().parents if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "may not be written to" if parent.is_dir() else "is no folder"
+        raise ConversionError(f"{output} cannot be written: {parent} {why}.")
+    if not staging_of(output).exists():
+        check_room(parent, sum(num_bytes(shard, dtype) for shard in shards))
 
 
 @contextlib.contextmanager
@@ -246,6 +257,10 @@ def plan_shards(base: list[Weight], branch: list[Weight], itemsize: int) -> dict
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
+def num_bytes(shard: list[Weight], dtype: torch.dtype) -> int:
+    return sum(weight.numel for weight in shard) * dtype.itemsize
+
+
 def shard_header(shard: list[Weight], dtype: torch.dtype) -> bytes:
     """The header of a safetensors file with the weights of `shard` one behind the other."""
     name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
@@ -300,17 +315,17 @@ class ShardWriter:
     def write(self, name: str, shard: list[Weight]) -> None:
         """Writes a shard. It is finished when the next one is written, or after `finish`."""
         path, header = self.staging.folder / f"{name}.tmp", shard_header(shard, self.dtype)
-        checks, written, num_bytes = [], [], 0
+        checks, written, num_written = [], [], 0
         with path.open("wb", buffering=0) as file:
             write_all(file, memoryview(header))
-            file.truncate(len(header) + sum(weight.numel for weight in shard) * self.dtype.itemsize)
+            file.truncate(len(header) + num_bytes(shard, self.dtype))
             stored = read_safetensors(path)[0]
             for weight in shard:
                 written.append(Written(weight, stored.pop(weight.name), self._write_tensor(file, weight)))
-                num_bytes += weight.numel * self.dtype.itemsize
-                if num_bytes >= SYNC_BYTES:
+                num_written += num_bytes([weight], self.dtype)
+                if num_written >= SYNC_BYTES:
                     checks.append(self._check(path, written))
-                    written, num_bytes = [], 0
+                    written, num_written = [], 0
         checks.append(self._check(path, written))
         load_pickled.cache_clear()  # the pages that were read stay in memory as long as the file is mapped
         self.finish()
@@ -409,11 +424,11 @@ def write_shards(staging: Staging, shards: dict[str, list[Weight]], dtype: torch
         ConversionError: if the disk has too little room, a number does not fit into `dtype`, or what is read back is
             not what was written.
     """
-    sizes = {name: sum(weight.numel for weight in shard) * dtype.itemsize for name, shard in shards.items()}
+    sizes = {name: num_bytes(shard, dtype) for name, shard in shards.items()}
     total, disable = sum(sizes.values()), None if progress else True
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights", disable=disable)
     todo = {name: shard for name, shard in shards.items() if not _is_finished(staging, name, shard, dtype)}
-    check_room(staging.folder, sum(sizes[name] for name in todo))
+    check_room(staging.folder.parent, sum(sizes[name] for name in todo))
     with bar, ShardWriter(staging, dtype, bar.update) as writer:
         bar.update(total - sum(sizes[name] for name in todo))
         for name, shard in todo.items():
@@ -448,7 +463,7 @@ def _link_or_copy(staging: Staging, name: str, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
             raise
-        check_room(staging.folder, path.stat().st_size)
+        check_room(staging.folder.parent, path.stat().st_size)
         line = {"shard": name, "reason": error.strerror, "checksum": _copy_file(path, target)}
         sync(staging.folder)
         staging.note(**line)
@@ -487,9 +502,7 @@ def _copy_file(path: Path, target: Path) -> int:
 
 def check_room(folder: Path, num_bytes: int) -> None:
     if (free := shutil.disk_usage(folder).free) < num_bytes:
-        raise ConversionError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, but the weights need {num_bytes / 1e9:.1f} GB."
-        )
+        raise ConversionError(f"{folder} has {free / 1e9:.1f} GB free, but the weights need {num_bytes / 1e9:.1f} GB.")
 
 
 def write_index(folder: Path, tensors: list[tuple[str, str, int, int]]) -> None:

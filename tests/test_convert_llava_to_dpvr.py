@@ -4,7 +4,9 @@
 
 import io
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -604,6 +606,22 @@ def test_dry_run_checks_and_writes_nothing(tmp_path, source):
     next(source.glob("*-00002-*")).unlink()
     with pytest.raises(ConversionError, match="00002"):
         convert(source, tmp_path / "dpvr", dry_run=True)
+
+
+def test_a_dry_run_finds_a_disk_that_will_refuse(tmp_path, source, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConversionError, match="cannot be written: .*file is no folder"):
+        convert(source, tmp_path / "file" / "deep" / "dpvr", dry_run=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        with pytest.raises(ConversionError, match=f"cannot be written: {tmp_path} may not be written to"):
+            convert(source, tmp_path / "deep" / "dpvr", dry_run=True)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConversionError, match="0.0 GB free, but the weights need"):
+        convert(source, tmp_path / "dpvr", dry_run=True)
+    (tmp_path / ".dpvr.partial").mkdir()  # what it holds is not needed again
+    convert(source, tmp_path / "dpvr", dry_run=True)
 
 
 # ---------------------------------------------------------------------------------------------- refusals
