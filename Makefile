@@ -40,4 +40,4 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) dpvr-tiny demo.png .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dpvr-tiny .dpvr-demo-* demo.png .pytest_cache .ruff_cache .hypothesis

@@ -8,11 +8,10 @@ and KV-cache bytes, and writes the picture with the answers to a file.
 """
 
 import argparse
-import json
-import shutil
+import filecmp
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from train_tiny_side_branch import accuracy
 from benchmarks.accounting import prefill_flops
 from benchmarks.caches import CACHE, make_cache, stored_bytes
 from convert_llava_to_dpvr import convert
+from read_weights import ConversionError
 
 QUESTIONS_ABOUT_THE_PICTURE = 2  # of each kind
 
@@ -45,18 +45,32 @@ class Result:
 
 
 def make_checkpoint(output: Path) -> None:
-    """The DPVR checkpoint of the embedded LLaVA; one that an earlier run left, and nothing else, is made anew."""
-    examples, config = ROOT / "examples", output / "config.json"
+    """The DPVR checkpoint of the embedded LLaVA; one that an earlier run left, and nothing else, is made anew.
+
+    Raises:
+        ConversionError: `output` is something else, or cannot be written.
+    """
+    examples = ROOT / "examples"
     make = partial(convert, examples / "tiny-llava", adapter=examples / "dpvr-tiny-adapter")
-    if config.is_file() and json.loads(config.read_text()).get("model_type") == "dpvr":
-        with tempfile.TemporaryDirectory(prefix="dpvr-demo-") as folder:
-            made = Path(folder, "dpvr")
-            make(made)
-            others = {path.name for path in output.iterdir()} - {path.name for path in made.iterdir()}
-        if others:
-            sys.exit(f"error: {output} holds {min(others)}, which no demo has made; give another --output")
-        shutil.rmtree(output)
-    print(make(output), end="\n\n")
+    if not output.is_dir() or not any(output.iterdir()):
+        print(make(output), end="\n\n")
+        return
+    with tempfile.TemporaryDirectory(prefix=".dpvr-demo-", dir=output.absolute().parent) as folder:
+        made = Path(folder, "dpvr")
+        summary = make(made)
+        if not is_like(output, made):
+            raise ConversionError(f"{output} is not what this demo makes, and stays; give another --output.")
+        output.rename(Path(folder, "old"))
+        made.rename(output)
+    print(replace(summary, output=output), end="\n\n")
+
+
+def is_like(folder: Path, made: Path) -> bool:
+    """Whether a folder holds the weights of `made`, and no file that `made` has not: code and cards may be older."""
+    names = {path.name for path in made.iterdir()}
+    weights = {name for name in names if name.endswith(".safetensors")}
+    equal, _, _ = filecmp.cmpfiles(folder, made, weights, shallow=False)
+    return set(equal) == weights and {path.name for path in folder.iterdir()} <= names
 
 
 def run(model, processor, picture, questions, held_out) -> Result:
@@ -141,12 +155,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="of the picture and the questions (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=100, help="held-out, of each kind (default: %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.questions < 1:
+        parser.error(f"--questions must be at least 1, got {args.questions}")
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    make_checkpoint(args.output)
+    try:
+        make_checkpoint(args.output)
+    except (ConversionError, OSError) as error:
+        sys.exit(f"error: {error}")
     source = ROOT / "examples" / "tiny-llava"
     dpvr = AutoModel.from_pretrained(args.output, trust_remote_code=True, dtype=torch.float32).eval()
     dpvr_processor = AutoProcessor.from_pretrained(args.output, trust_remote_code=True)

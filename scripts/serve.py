@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""`transformers serve`, except that a request which cannot be answered gets status 400 and a reason, not 500.
+"""`transformers serve`, except that what the processor refuses (a broken image, a wrong prompt) and requests that lack
+something are answered with status 400 and the reason, not 500. Values of a wrong type get 500, as they do there.
 
 Takes the arguments of `transformers serve` (`pip install transformers[serving]`). For example:
 

@@ -96,14 +96,23 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--source", default=str(ROOT / "examples" / "tiny-llava"), help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=ROOT / "examples" / "dpvr-tiny-adapter", help="%(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "examples" / "dpvr-tiny-adapter", help="default: %(default)s"
+    )
     parser.add_argument("--saturation-layer", type=int, help="default: the paper's proportion of the layers")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of data and augmentation (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=500, help="evaluated, of each kind (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.questions < 1:
+        parser.error(f"--questions must be at least 1, got {args.questions}")
+    # The directory is replaced as a whole: one that this script did not write must not be lost
+    is_own = all((args.output / name).is_file() for name in ("training.json", "adapter_config.json"))
+    if args.output.exists() and not is_own:
+        parser.error(f"--output {args.output} exists and holds no adapter of this script")
+    return args
 
 
 def main() -> None:
@@ -132,6 +141,7 @@ def main() -> None:
         record = {
             "command": f"python scripts/train_tiny_side_branch.py --saturation-layer {model.config.saturation_layer} "
             f"--learning-rate {args.learning_rate} --steps {args.steps} --seed {args.seed}",
+            "trains": "side branch",
             "loss": "KL divergence from the dense model's next-token distribution, on answer tokens",
             "loss_first_last_20_steps": [round(float(np.mean(part)), 5) for part in (losses[:20], losses[-20:])],
             "trainable_parameters": trained,

@@ -119,15 +119,36 @@ def test_the_demo_writes_a_checkpoint_and_a_picture_and_can_be_run_again(tmp_pat
         assert (tmp_path / "dpvr-tiny" / "config.json").is_file()
 
 
-def test_the_demo_deletes_no_files_of_others(tmp_path):
-    command(ROOT / "convert_llava_to_dpvr.py", cwd=tmp_path)
-    (tmp_path / "dpvr-tiny" / "notes.txt").write_text("mine")
+def test_the_demo_deletes_nothing_of_others(tmp_path):
+    convert(EXAMPLES / "tiny-llava", tmp_path / "noted", adapter=EXAMPLES / "dpvr-tiny-adapter")
+    (tmp_path / "noted" / "notes.txt").write_text("mine")
+    convert(EXAMPLES / "tiny-llava-12", tmp_path / "another", saturation_layer=5)
+    (tmp_path / "file").write_text("mine")
+    for name in ("noted", "another", "file"):
+        path = tmp_path / name
+        before = {each: each.read_bytes() for each in (path.iterdir() if path.is_dir() else [path])}
+        result = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "demo.py", "--output", name],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1].startswith(f"error: {name} ")
+        assert all(each.read_bytes() == content for each, content in before.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "file", "noted"]
+
+
+def test_a_side_branch_is_not_trained_into_a_folder_of_something_else(tmp_path):
+    (tmp_path / "chapter1.txt").write_text("mine")
+    script = ROOT / "scripts" / "train_tiny_side_branch.py"
     result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "demo.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, script, "--output", tmp_path], capture_output=True, text=True, check=False
     )
-    assert result.returncode == 1
-    assert result.stderr.endswith("error: dpvr-tiny holds notes.txt, which no demo has made; give another --output\n")
-    assert (tmp_path / "dpvr-tiny" / "notes.txt").read_text() == "mine"
+    assert result.returncode == 2
+    assert "exists and holds no adapter of this script" in result.stderr
+    assert (tmp_path / "chapter1.txt").read_text() == "mine"
 
 
 def test_the_training_scripts_run_and_write_what_the_converter_takes(tmp_path):
