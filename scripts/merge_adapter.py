@@ -18,11 +18,20 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from training.adapters import AdapterError, from_llava, load_adapter, merge_adapter, processor_from_llava
+from training.adapters import (
+    AdapterError,
+    adapter_path,
+    from_llava,
+    load_adapter,
+    merge_adapter,
+    processor_from_llava,
+)
+from training.card import RUN_FILE
 
 
 def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, dtype: str = "auto") -> None:
-    """Writes `base` with `adapter` merged, and its processor, into `output`, which must not exist or be empty."""
+    """Writes `base` with `adapter` merged, its processor, and the record of the training if the adapter has one, into
+    `output`, which must not exist or be empty."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"{output} exists and is not an empty folder; nothing is overwritten.")
     if AutoConfig.from_pretrained(base, trust_remote_code=True).model_type == "dpvr":
@@ -38,6 +47,9 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
         folder = staging / output.name  # whose rights are the user's usual ones
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
+        record = adapter_path(adapter, subfolder).parent / RUN_FILE
+        if record.is_file():
+            shutil.copyfile(record, folder / RUN_FILE)
         if output.exists():
             output.rmdir()
         os.replace(folder, output)

@@ -10,7 +10,6 @@ and lists of bad rows stay where they are.
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -21,9 +20,8 @@ sys.path.insert(0, str(ROOT))
 from scripts.checksums import write_checksums
 from scripts.publish import explain, open_repository, publish
 from training.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
-from training.card import PLOT_FILE, make_card, plot_losses
+from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_card, plot_losses, read_run
 
-RUN_FILE, CARD_FILE = "training.json", "README.md"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".py", ".jinja", ".model", ".txt")
 
@@ -64,25 +62,20 @@ def _check_checkpoint(folder: Path) -> None:
 def make_card_files(folder: Path, target: Path, name: str, is_adapter: bool, subfolder: str | None) -> list[Path]:
     """Model card and loss plot, written to `target`. A card that somebody wrote is taken as it is; one that training
     wrote names its folder, and is made anew."""
-    run = json.loads((folder / RUN_FILE).read_text()) if (folder / RUN_FILE).is_file() else {}
-    card, plot = folder / CARD_FILE, folder / PLOT_FILE
-    if card.is_file() and not is_made_by_training(card.read_text(encoding="utf-8"), run, plot.is_file()):
-        return [path for path in (card, plot) if path.is_file()]
+    if has_own_card(folder):
+        return [path for path in (folder / CARD_FILE, folder / PLOT_FILE) if path.is_file()]
+    run = read_run(folder)
     if is_adapter:
         stated, _ = read_header(folder / WEIGHTS_FILE)
         known = {"base_model", "base_type", "saturation_layer"} & stated.keys()
         run = {**{key: stated[key] for key in known}, **run}
     else:
-        run = {"saturation_layer": json.loads((folder / "config.json").read_text()).get("saturation_layer"), **run}
+        config = json.loads((folder / "config.json").read_text())
+        run = {**{key: config[key] for key in ("saturation_layer", "num_side_layers") if key in config}, **run}
     has_plot = plot_losses(run, target / PLOT_FILE)
     card = make_card(run, name, is_adapter=is_adapter, subfolder=subfolder, has_plot=has_plot)
     (target / CARD_FILE).write_text(card, encoding="utf-8")
     return [target / CARD_FILE, *([target / PLOT_FILE] if has_plot else [])]
-
-
-def is_made_by_training(card: str, run: dict, has_plot: bool) -> bool:
-    title = re.search(r"^# (.+)$", card, re.MULTILINE)
-    return title is not None and card == make_card(run, title[1], has_plot=has_plot)
 
 
 def push_to_hub(

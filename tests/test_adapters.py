@@ -167,6 +167,24 @@ def test_what_cannot_hold_a_side_branch_is_refused():
         add_adapter(make_llava())
     with pytest.raises(AdapterError, match="lora and whole_fusion are both given"):
         add_adapter(make_base(), "fusion", whole_fusion=True)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["input_layernorm"])
+    with pytest.raises(AdapterError, match=r"means model.side_branch.layers.0.input_layernorm too"):
+        add_adapter(make_base(), lora)
+
+
+def test_full_copies_of_different_layers_are_refused_on_one_base_and_the_first_stays(tmp_path):
+    for kind in ("side branch", "whole fusion"):
+        model = add_adapter(make_base(), **KINDS[kind])
+        train(model, 0)
+        save_adapter(model, tmp_path / kind, BASE)
+    for first, second in (("side branch", "whole fusion"), ("whole fusion", "side branch")):
+        model = load_adapter(make_base(), tmp_path / first, "a")
+        before = logits(model)
+        with pytest.raises(AdapterError, match=r"'b' and 'a' cannot be on one base.*language_model.layers.5"):
+            load_adapter(model, tmp_path / second, "b")
+        with pytest.raises(AdapterError, match=r"'b' and 'a' cannot be on one base"):
+            add_adapter(model, name="b", **KINDS[second])
+        assert torch.equal(logits(model), before)
 
 
 def test_a_tuner_that_peft_cannot_merge_beside_a_side_branch_says_so_and_loads_unmerged(tmp_path):
@@ -459,7 +477,9 @@ def test_files_that_are_no_adapter_are_refused(tmp_path):
 def test_lora_that_does_not_fit_is_refused_and_the_base_is_as_before(tmp_path, change, message):
     from safetensors.torch import save_file
 
-    save_adapter(add_adapter(make_base(), "fusion"), tmp_path, BASE)
+    model = add_adapter(make_base(), "fusion")
+    train(model, 0)
+    save_adapter(model, tmp_path, BASE)
     weights, metadata = stored(tmp_path)
     changed = {change(key) if "q_proj.lora_B" in key else key: weight for key, weight in weights.items()}
     changed.pop(None, None)
@@ -561,7 +581,9 @@ def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(k
         if weight.requires_grad:
             weight.data.normal_(0, 0.1)
     save_adapter(model, tmp_path / "adapter", str(tiny))
+    (tmp_path / "adapter" / "training.json").write_text('{"trains": "LoRA"}')  # of which a card will be made
     assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "training.json").read_text() == '{"trains": "LoRA"}'
     expected = merge_adapter(model).state_dict()
     loaded = DPVRForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype="auto")
     for name, weight in loaded.state_dict().items():

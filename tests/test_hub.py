@@ -355,6 +355,9 @@ def test_a_card_states_base_data_hyperparameters_plot_accuracy_and_how_to_load()
 
 def test_a_card_claims_nothing_that_the_run_does_not_state():
     text = make_card({})
+    assert "All other" not in text  # which nobody knows
+    assert "All other\nweights are those of" in make_card({**RUN, "trains": "side branch"})
+    assert "wait as they are" in make_card({**RUN, "num_side_layers": 0})
     assert "Accuracy was not measured" in text
     assert "loss.png" not in text
     assert "None" not in text

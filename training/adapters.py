@@ -49,6 +49,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedModel
@@ -59,6 +60,7 @@ from convert_llava_to_dpvr import choose_saturation_layer, make_dpvr_config
 from processing_dpvr import DPVRProcessor
 from read_llava import convert_processor
 from side_branch_weights import SAMPLE_SIZE, describe, find_mismatch, make_sample
+from training.card import RUN_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = "adapter_config.json", "adapter_model.safetensors", "side_branch.safetensors"
@@ -99,7 +101,7 @@ def _whole_layers_config(config, whole_fusion: bool) -> LNTuningConfig:
     return LNTuningConfig(target_modules="|".join(leaves))
 
 
-def _with_side_branch(config: PeftConfig, num_side_layers: int) -> PeftConfig:
+def _with_side_branch(config: PeftConfig, base: PreTrainedModel) -> PeftConfig:
     """A copy of a user's config that trains the side branch, if there is one, whole and puts nothing else into it."""
     if not {"modules_to_save", "exclude_modules"} <= set(config.to_dict()):
         raise AdapterError(f"{type(config).__name__} cannot save the side branch: it takes no modules_to_save.")
@@ -107,8 +109,15 @@ def _with_side_branch(config: PeftConfig, num_side_layers: int) -> PeftConfig:
         raise AdapterError(f"bias={bias!r} trains biases of the base model itself, which must stay as it is.")
     config = copy.deepcopy(config)
     config.inference_mode = False  # as one that was read from a folder says
-    if num_side_layers == 0:
+    if base.config.num_side_layers == 0:
         return config
+    inside = [name for name, _ in base.named_modules() if ".side_branch." in name]
+    for name in config.modules_to_save or []:
+        if part := next((part for part in inside if part.endswith(name)), None):  # as PEFT matches
+            raise AdapterError(
+                f"modules_to_save={name!r} means {part} too, which is saved with the side branch. Give more of the "
+                "name, such as language_model.norm."
+            )
     config.modules_to_save = sorted({*(config.modules_to_save or []), "side_branch"})
     excluded = config.exclude_modules or []
     patterns = [excluded] if isinstance(excluded, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded)]
@@ -137,7 +146,8 @@ def add_adapter(
         AdapterError: the model is no DPVR, the name is taken, the config cannot hold a side branch, `lora` and
             `whole_fusion` are both given, or there is nothing to train.
     """
-    config = _check_is_dpvr(model).config
+    base = _check_is_dpvr(model)
+    config = base.config
     if lora is not None and whole_fusion:
         raise AdapterError("lora and whole_fusion are both given: an adapter trains either.")
     if lora is None and not whole_fusion and config.num_side_layers == 0:
@@ -148,9 +158,9 @@ def add_adapter(
     if lora is None:
         peft_config = _whole_layers_config(config, whole_fusion)
     elif lora == "fusion":
-        peft_config = _with_side_branch(fusion_lora_config(config), config.num_side_layers)
+        peft_config = _with_side_branch(fusion_lora_config(config), base)
     elif isinstance(lora, PeftConfig):
-        peft_config = _with_side_branch(lora, config.num_side_layers)
+        peft_config = _with_side_branch(lora, base)
     else:
         raise AdapterError(f'lora={lora!r} is neither None, "fusion" nor a config of PEFT.')
     _check_name_is_free(model, name)
@@ -172,8 +182,27 @@ def _inject(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -
         warnings.filterwarnings("ignore", "Unsupported layer type")  # LN tuning asks for a width, and uses it nowhere
         if not isinstance(model, PeftModel):
             return get_peft_model(model, config, adapter_name=name)
+        _check_same_layers(model, config, name)
         model.add_adapter(name, config)
         return model
+
+
+def _check_same_layers(model: PeftModel, config: PeftConfig, name: str) -> None:
+    """Refuses full copies of other layers than those of the adapters beside them: PEFT's LN tuning, when it switches,
+    wants a copy of each in each layer."""
+
+    def layers_of(config: PeftConfig) -> set[str]:
+        return {layer for layer in layers if check_target_module_exists(config, layer)}
+
+    layers = [layer for layer, _ in model.get_base_model().named_modules()]
+    for other, beside in model.peft_config.items():
+        are_copies = isinstance(config, LNTuningConfig) and isinstance(beside, LNTuningConfig)
+        if are_copies and (differing := layers_of(config) ^ layers_of(beside)):
+            raise AdapterError(
+                f"Adapters {name!r} and {other!r} cannot be on one base, for PEFT could not switch between them: of "
+                f"{len(differing)} layers, such as {min(differing)}, only one of them holds a copy. Load each on a "
+                "base of its own, or merge one."
+            )
 
 
 def _check_is_dpvr(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -354,7 +383,7 @@ def adapter_path(adapter: str | Path, subfolder: str | None = None, **download) 
         return folder
     if not folder.is_dir():
         inside = f"{subfolder}/" if subfolder else ""
-        patterns = [inside + file for file in (CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE)]
+        patterns = [inside + file for file in (CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE, RUN_FILE)]
         try:
             folder = Path(snapshot_download(str(adapter), allow_patterns=patterns, **download))
         except (HFValidationError, OSError) as error:
@@ -405,6 +434,8 @@ def load_adapter(
     was_adapted = isinstance(model, PeftModel)
     try:
         model = _inject(model, config, name)
+    except AdapterError:
+        raise
     except (re.error, AttributeError, KeyError, TypeError, ValueError) as error:  # fields of any type
         raise AdapterError(f"{path.parent / CONFIG_FILE} is no config that PEFT can apply: {error}") from error
     try:
@@ -432,15 +463,17 @@ def _set_weights(model: PeftModel, weights: dict[str, torch.Tensor], name: str, 
         raise AdapterError(
             f"{path}: {offloaded[0]} belongs to a layer that is offloaded. Load the base with that layer on a device."
         )
-    try:
-        result = set_peft_model_state_dict(model, weights, adapter_name=name)
-    except RuntimeError as error:  # shapes, listed by torch
-        raise AdapterError(f"{path} does not fit the model: {error}") from error
-    if result.unexpected_keys:
-        raise AdapterError(f"{path}: the model has no place for {', '.join(sorted(result.unexpected_keys))}.")
-    missing = [key for key in result.missing_keys if f".{name}." in key]
-    if missing:
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # Before any is set: PEFT, as it takes an adapter off, leaves the full copies that it kept
+    if unknown := weights.keys() - wanted.keys():
+        raise AdapterError(f"{path}: the model has no place for {', '.join(sorted(unknown))}.")
+    if missing := wanted.keys() - weights.keys():
         raise AdapterError(f"{path} lacks {', '.join(sorted(missing))}.")
+    for key, weight in weights.items():
+        if weight.shape != wanted[key].shape:
+            shapes = f"shape {tuple(weight.shape)} there, but {tuple(wanted[key].shape)} in the model"
+            raise AdapterError(f"{path} does not fit the model: {key} has {shapes}.")
+    set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def _tuned(name: str) -> str:

@@ -2,11 +2,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Model cards of trained side branches, from the `training.json` of the run; what that does not state, they do not."""
 
+import json
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-PLOT_FILE = "loss.png"
+RUN_FILE, CARD_FILE, PLOT_FILE = "training.json", "README.md", "loss.png"
 
 CARD = """\
 ---
@@ -16,8 +18,7 @@ CARD = """\
 # {title}
 
 {what} of DPVR-LF (dual-path vision routing with late fusion, arXiv 2606.09131) for {base}: vision tokens leave the
-decoder at layer {saturation_layer}, pass the side branch, and meet the text again in the last layers. All other
-weights are those of {base}, frozen.
+decoder at layer {saturation_layer}, {way}, and meet the text again in the last layers.{others}
 
 ## How to load
 
@@ -74,9 +75,9 @@ def make_card(
 
     Args:
         run: `training.json` of the run. Used where it has them: `base_model`, `base_type` (`"dpvr"` or `"llava"`),
-            `saturation_layer`, `data`, `rows`, `bad_rows`, `loss`, `trains`, `trainable_parameters`, `parameters`,
-            `hyperparameters`, `training_seconds`, `versions`, `command`, `license`, `loss_curve`, `eval_loss_curve`
-            and `held_out` (`{model: {kind of question: {"questions", "accuracy", "wilson_95"}}}`).
+            `saturation_layer`, `num_side_layers`, `data`, `rows`, `bad_rows`, `loss`, `trains`, `trainable_parameters`,
+            `parameters`, `hyperparameters`, `training_seconds`, `versions`, `command`, `license`, `loss_curve`,
+            `eval_loss_curve` and `held_out` (`{model: {kind of question: {"questions", "accuracy", "wilson_95"}}}`).
         name: Hub id, or folder.
         is_adapter: whether it is an adapter; a whole checkpoint otherwise.
         subfolder: of the repository, where the adapter lies.
@@ -91,11 +92,13 @@ def make_card(
         base_model_relation="adapter" if is_adapter else "finetune",
         tags=["dpvr", "llava", *([] if is_adapter else ["custom_code"])],
     )
-    kind = "A trained " + run.get("trains", "side branch")
+    kind = "A trained " + run["trains"] if "trains" in run else "An adapter" if is_adapter else "A checkpoint"
     return CARD.format(
         front_matter=data.to_yaml().strip(),
         title=name.rstrip("/").split("/")[-1],
-        what=kind if is_adapter else f"{kind}, merged into a whole checkpoint,",
+        what=f"{kind}, merged into a whole checkpoint," if "trains" in run and not is_adapter else kind,
+        way="wait as they are" if run.get("num_side_layers") == 0 else "pass the side branch",
+        others=f" All other\nweights are those of {base}, frozen." if "trains" in run else "",
         base=base,
         saturation_layer=run.get("saturation_layer", "S"),
         load=_load(run, base, name, is_adapter, subfolder),
@@ -103,6 +106,21 @@ def make_card(
         plot=f"\n![Loss by step]({PLOT_FILE})\n" if has_plot else "",
         results=_results(run),
     )
+
+
+def read_run(folder: Path) -> dict:
+    """The record of the training that wrote `folder`, empty if there is none."""
+    return json.loads((folder / RUN_FILE).read_text()) if (folder / RUN_FILE).is_file() else {}
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether somebody wrote the card in `folder`, or changed the one that training wrote, which its `training.json`
+    gives again."""
+    if not (folder / CARD_FILE).is_file():
+        return False
+    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    title = re.search(r"^# (.+)$", card, re.MULTILINE)
+    return title is None or card != make_card(read_run(folder), title[1], has_plot=(folder / PLOT_FILE).is_file())
 
 
 def _load(run: dict, base: str, name: str, is_adapter: bool, subfolder: str | None) -> str:
