@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ from training.adapters import (
     save_adapter,
     train_in_float32,
 )
-from training.card import PLOT_FILE, make_card, plot_losses
+from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_card, plot_losses
 from training.data import BadRows, Collator, ConversationDataset, read_rows
 from training.features import CachedFeatures, CacheError, cache_features
 from training.staged import LOSSES, StagedModel, collate_rows
@@ -51,6 +50,15 @@ DEFAULTS = {
     "save_steps": 500,
     "save_total_limit": 2,
     "max_grad_norm": 1.0,
+}
+# Options of TrainingArguments that would do harm, or nothing, and why
+REFUSED = {
+    "label_smoothing_factor": "is for the Trainer's own loss; here the loss is that of --loss",
+    "neftune_noise_alpha": "is noise for embeddings that train; these are frozen",
+    "bf16_full_eval": "would round the weights that train",
+    "fp16_full_eval": "would round the weights that train",
+    "push_to_hub": "would publish checkpoints and records of rows, not the adapter: use scripts/push_to_hub.py",
+    "resume_from_checkpoint": "is --resume here, which goes on from the last checkpoint of --output",
 }
 
 
@@ -92,7 +100,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     if options.eval_data or options.eval_rows:
         rest = ["--eval_strategy", "steps", *rest]  # the last one given counts
     rest += ["--output_dir", str(options.output), "--remove_unused_columns", "False", "--label_names", "labels"]
-    rest += ["--ddp_find_unused_parameters", "False", "--prediction_loss_only", "True"]
+    rest += ["--prediction_loss_only", "True"]
     try:
         (training_arguments,) = trainer_parser.parse_args_into_dataclasses(rest)
     except ValueError as error:  # options that exclude each other, or that this machine does not have
@@ -101,8 +109,13 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(
             f"--output {options.output} holds checkpoints of an earlier run: pass --resume, or another folder"
         )
-    if training_arguments.label_smoothing_factor:
-        parser.error("--label_smoothing_factor is for the Trainer's own loss; here the loss is that of --loss")
+    for name, why in REFUSED.items():
+        if getattr(training_arguments, name):
+            parser.error(f"--{name} {why}")
+    if (training_arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        parser.error("--gradient_checkpointing_kwargs: use_reentrant needs inputs that train; leave it out")
+    if training_arguments.fp16 and training_arguments.device.type == "cpu":
+        parser.error("--fp16 needs a GPU: pass --bf16, or neither")
     return options, training_arguments
 
 
@@ -177,9 +190,10 @@ def trained_parts(options: argparse.Namespace, num_side_layers: int) -> str:
     return " and ".join(parts)
 
 
-def record_of(options, arguments: TrainingArguments, trainer, model, data, seconds: float) -> dict:
+def record_of(options, arguments: TrainingArguments, trainer, model, data) -> dict:
     """What a model card and a reader need to know of the run. No path of this machine."""
     trained, total, _ = count_trainable(model)
+    batch_size = trainer._train_batch_size  # which --auto_find_batch_size may have made smaller
     history = trainer.state.log_history
     return {
         "base_model": base_name(options.base or options.model),
@@ -199,7 +213,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data, secon
             "lr_scheduler_type": str(arguments.lr_scheduler_type.value),
             "warmup_steps": arguments.warmup_steps,
             "weight_decay": arguments.weight_decay,
-            "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            "batch_size": batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
             "epochs": trainer.state.epoch,
             "steps": trainer.state.global_step,
             "seed": arguments.seed,
@@ -208,7 +222,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data, secon
         },
         "loss_curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "eval_loss_curve": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
-        "training_seconds": round(seconds),
+        "training_seconds": round(trainer.seconds_trained()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
@@ -228,12 +242,14 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         rows = cached(options.cache_features / "train", model, data, arguments)
         evaluation = evaluation and cached(options.cache_features / "eval", model, evaluation, arguments)
         collate = collate_rows
-    trainer = SideBranchTrainer(model, arguments, collate, train_dataset=rows, eval_dataset=evaluation)
-    begin = time.monotonic()
+    # What a layer before the fusion trains may be of no use to a batch, as one without an image
+    arguments.ddp_find_unused_parameters = not model.features_frozen
+    facts = {"loss": options.loss, "data": f"{options.data.name} of {len(data)} rows"}
+    trainer = SideBranchTrainer(model, arguments, collate, train_dataset=rows, eval_dataset=evaluation, facts=facts)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if evaluation is not None:
         trainer.evaluate()
-    record = record_of(options, arguments, trainer, model, data, time.monotonic() - begin)
+    record = record_of(options, arguments, trainer, model, data)
     finish(options, trainer, model, record)
     return record
 
@@ -263,10 +279,14 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
         state = {name.removeprefix("model."): weight for name, weight in state.items()}
     if trainer.args.should_save:
         save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
-        (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        is_written = has_own_card(options.output)
+        (options.output / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
         has_plot = is_installed("matplotlib") and plot_losses(record, options.output / PLOT_FILE)
-        card = make_card(record, options.output.name, has_plot=has_plot)
-        (options.output / "README.md").write_text(card)
+        if is_written:
+            print(f"{options.output / CARD_FILE} was not written by a training and stays as it is", flush=True)
+        else:
+            card = make_card(record, options.output.resolve().name, has_plot=has_plot)
+            (options.output / CARD_FILE).write_text(card)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """A training step in two parts, the data, the cache of features, and the command that trains."""
 
+import copy
 import errno
 import json
 import os
@@ -465,6 +466,23 @@ def test_features_of_something_else_are_refused_with_both_values(cached):
     with pytest.raises(feature_cache.CacheError, match="with data '"):
         feature_cache.cache_features(folder, model, data)
     data.rows[2]["conversations"][1]["value"] = data.rows[2]["conversations"][1]["value"][:-1]
+    for config, field, value in (
+        (model.config, "vision_feature_layer", -1),
+        (model.config.text_config, "rms_norm_eps", 0.1),
+        (model.config.text_config, "rope_parameters", {"rope_type": "default", "rope_theta": 500.0}),
+    ):
+        before = getattr(config, field)
+        setattr(config, field, value)
+        with pytest.raises(feature_cache.CacheError, match="with config '"):
+            feature_cache.cache_features(folder, model, data)
+        setattr(config, field, before)
+    data.processor.num_additional_image_tokens += 1
+    with pytest.raises(feature_cache.CacheError, match="with processor '"):
+        feature_cache.cache_features(folder, model, data)
+    data.processor.num_additional_image_tokens -= 1
+    model.config.num_side_layers, model.config.use_cache = 5, False  # on neither do features depend
+    feature_cache.cache_features(folder, model, data)
+    model.config.num_side_layers = 1
     with torch.no_grad():
         model.core.side_branch.layers[0].mlp.up_proj.weight.add_(1)  # what trains may differ
         feature_cache.cache_features(folder, model, data)
@@ -520,9 +538,12 @@ def test_rows_that_turn_out_bad_are_left_out_of_the_features(cached, pictures):
 def test_leavings_of_a_kill_are_removed_and_a_broken_shard_is_named(cached):
     model, data, folder = cached
     folder.mkdir()
-    (folder / ".features-00001.safetensors.123").write_bytes(b"half")
+    left, written = folder / ".features-00001.safetensors.123", folder / ".features-00002.safetensors.45"
+    for path in (left, written):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
     features = feature_cache.CachedFeatures(feature_cache.cache_features(folder, model, data))
-    assert [path.name for path in folder.glob(".*")] == []
+    assert list(folder.glob(".*")) == [written]  # another run may be writing it
     assert features.lengths() == [len(features[i]["labels"]) for i in range(len(features))]
     shard = folder / "features-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -604,16 +625,34 @@ def test_rows_of_like_length_are_grouped_without_being_loaded(embedded, pictures
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "cached", *options)) == 0
 
 
+def test_rows_grouped_by_length_come_in_the_same_order_when_a_run_goes_on(embedded, pictures, tmp_path):
+    options = ("--train_sampling_strategy", "group_by_length", "--num_train_epochs", 3, "--save_steps", 7)
+    options += ("--save_total_limit", 9)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train_side_branch.main(train(embedded, pictures, whole, *options)) == 0
+    shutil.copytree(whole / "checkpoint-7", resumed / "checkpoint-7")
+    assert train_side_branch.main(train(embedded, pictures, resumed, *options, "--resume")) == 0
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+
+
 def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, tmp_path, capsys):
     arguments = train(embedded, pictures, tmp_path / "out", "--dtype", "bfloat16")
     assert train_side_branch.main(arguments) == 1
     assert "frozen weights are torch.bfloat16, but what trains is float32. Pass --bf16" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as status:
-        train_side_branch.main(train(embedded, pictures, tmp_path / "out", "--label_smoothing_factor", 0.1))
-    assert status.value.code == 2
-    with pytest.raises(SystemExit) as status:  # which TrainingArguments refuses
-        train_side_branch.main(train(embedded, pictures, tmp_path / "out", "--bf16", "--fp16"))
-    assert status.value.code == 2
+    for options, why in {
+        ("--label_smoothing_factor", 0.1): "the loss is that of --loss",
+        ("--neftune_noise_alpha", 5): "are frozen",
+        ("--bf16_full_eval", "true"): "round the weights that train",
+        ("--push_to_hub", "true"): "use scripts/push_to_hub.py",
+        ("--resume_from_checkpoint", tmp_path): "is --resume here",
+        ("--gradient_checkpointing_kwargs", '{"use_reentrant": true}'): "needs inputs that train",
+        ("--fp16",): "--fp16 needs a GPU",
+        ("--bf16", "--fp16"): "",  # which TrainingArguments refuses
+    }.items():
+        with pytest.raises(SystemExit) as status:
+            train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options))
+        assert status.value.code == 2
+        assert why in capsys.readouterr().err
     given = train(embedded, pictures, tmp_path / "out", "--eval-rows", 2)
     for options, strategy in (([], "steps"), (["--eval_strategy=epoch"], "epoch"), (["--eval_strategy", "no"], "no")):
         assert train_side_branch.parse_args([*given, *options])[1].eval_strategy == strategy
@@ -639,6 +678,12 @@ def test_a_run_is_not_resumed_at_another_layer_or_with_another_loss_or_base(pict
     other = train(llava, pictures, tmp_path / "out", *options, "--saturation-layer", 3, "--loss", "distill")
     assert train_side_branch.main(other) == 1
     assert "was trained with loss=answer, but this run has distill" in capsys.readouterr().err
+    shutil.copy(pictures / "good.json", pictures / "more.json")
+    other = train(
+        llava, pictures, tmp_path / "out", *options, "--saturation-layer", 3, "--data", pictures / "more.json"
+    )
+    assert train_side_branch.main(other) == 1
+    assert "with data=good.json of 10 rows, but this run has more.json of 10 rows" in capsys.readouterr().err
     other = tmp_path / "other"
     shutil.copytree(llava, other)
     weights = load_file(other / "model.safetensors")
@@ -647,6 +692,44 @@ def test_a_run_is_not_resumed_at_another_layer_or_with_another_loss_or_base(pict
     other = train(other, pictures, tmp_path / "out", *options, "--saturation-layer", 3)
     assert train_side_branch.main(other) == 1
     assert "has other weights: value 0 of model.multi_modal_projector.linear_1.weight" in capsys.readouterr().err
+
+
+def test_a_card_that_somebody_wrote_stays_and_one_that_training_wrote_is_made_anew(
+    embedded, pictures, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "out"
+    output.mkdir()
+    monkeypatch.chdir(output)
+    options = ("--save_steps", 1, "--output", ".")
+    assert train_side_branch.main(train(embedded, pictures, output, *options, "--max_steps", 1)) == 0
+    first = (output / "README.md").read_text()
+    assert "# out\n" in first
+    record = json.loads((output / "training.json").read_text())
+    assert train_side_branch.main(train(embedded, pictures, output, *options, "--max_steps", 2, "--resume")) == 0
+    assert (output / "README.md").read_text() != first
+    assert json.loads((output / "training.json").read_text())["training_seconds"] > record["training_seconds"] - 1
+    (output / "README.md").write_text("mine")
+    assert train_side_branch.main(train(embedded, pictures, output, *options, "--max_steps", 3, "--resume")) == 0
+    assert (output / "README.md").read_text() == "mine"
+    assert "README.md was not written by a training and stays as it is" in capsys.readouterr().out
+
+
+def test_a_template_that_writes_the_first_token_itself_gives_it_once(processor):
+    text = [{"type": "text", "text": "hi"}]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, *text]},
+        {"role": "assistant", "content": text},
+    ]
+    image = Image.new("RGB", (48, 48))
+    plain = encode(processor, messages, [image], 2048)
+    writes = copy.deepcopy(processor)
+    writes.tokenizer.bos_token = "<s>"
+    writes.chat_template = "{{ bos_token }}" + processor.chat_template
+    written = encode(writes, messages, [image], 2048)
+    messages[0]["content"] = [{"type": "image", "image": image}, *text]
+    inference = writes.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert written["input_ids"].tolist() == inference["input_ids"][0].tolist()
+    assert (written["labels"] != IGNORED).sum() == (plain["labels"] != IGNORED).sum()
 
 
 def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_with_a_word(
@@ -688,6 +771,28 @@ def test_a_llava_as_it_is_and_any_peft_config_train(pictures, tmp_path):
     assert (record["base_type"], record["base_model"], record["saturation_layer"]) == ("llava", "tiny-llava", 3)
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 3
     assert str(tmp_path) not in (output / "training.json").read_text() + (output / "adapter_config.json").read_text()
+
+
+def test_two_processes_train_a_layer_that_a_batch_without_an_image_does_not_use(embedded, pictures, tmp_path):
+    from peft import LoraConfig
+
+    LoraConfig(r=2, target_modules=r".*multi_modal_projector\.linear_1").save_pretrained(tmp_path / "lora")
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]
+    rows = json.loads((pictures / "good.json").read_text())
+    rows = [row for row in rows if row.get("image")][:3] + [{"conversations": turns}] * 3
+    (pictures / "mixed.json").write_text(json.dumps(rows))
+    options = ("--peft-config", tmp_path / "lora", "--per_device_train_batch_size", 1, "--num_train_epochs", 2)
+    options += ("--data", pictures / "mixed.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "scripts" / "train_side_branch.py")]
+    subprocess.run(
+        [*command, *train(embedded, pictures, tmp_path / "out", *options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=300,
+        check=True,
+    )
+    assert len(losses(tmp_path / "out")) == 6
 
 
 def test_the_trl_example_trains_a_checkpoint_in_half_precision_in_small_steps(tmp_path):

@@ -221,12 +221,15 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
     with as_bad_row("template", ValueError):  # turns in an order that it does not take
         text, spans = answer_spans(processor, messages)
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
-    short = tokenizer(text, return_offsets_mapping=True)  # one token for each image, as yet
+    # As `apply_chat_template` of a processor has it: a template may write the token that begins a sequence itself
+    begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    # One token for each image, as yet
+    short = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begins)
     is_answer = torch.tensor([any(a <= i and j <= b and i < j for a, b in spans) for i, j in short["offset_mapping"]])
     if len(is_answer) > max_length:
         raise BadRowError("too long", f"{len(is_answer)} tokens without those of images, more than {max_length}")
     try:
-        encoded = processor(images=images or None, text=text, return_tensors="pt")
+        encoded = processor(images=images or None, text=text, return_tensors="pt", add_special_tokens=not begins)
     except ValueError as error:
         raise BadRowError("refused by the processor", str(error)) from error
     row = {name: encoded[name][0] for name in ("input_ids", "mm_token_type_ids")}

@@ -13,11 +13,13 @@ positions and masks follow from the lengths, and are not stored; nor are the den
 states give (D numbers for a token instead of V).
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from bisect import bisect_right
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +39,23 @@ INDEX, BAD_ROWS = "index.json", "bad_rows.jsonl"
 SHARD_BYTES = 512 * 2**20
 SAMPLED_ROWS = 32  # whose sizes foretell that of all
 SAMPLED_VALUES = 64  # of each weight, for the fingerprint
+LEFT_AFTER_SECONDS = 3600  # an unfinished shard that nobody has written to for so long was left by a kill
+# Fields of configs and processors on which features do not depend
+BESIDE_THE_POINT = {
+    "num_side_layers",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "architectures",
+    "auto_map",
+    "chat_template",
+    "tokenizer",
+    "image_processor",
+    "use_cache",
+    "_attn_implementation",
+}
 
 
 class CacheError(RuntimeError):
@@ -76,18 +95,34 @@ def data_digest(dataset: ConversationDataset) -> str:
 def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.dtype) -> dict:
     """All that features depend on, by names a user understands."""
     processor, config = dataset.processor, model.config
-    texts = (processor.chat_template, processor.image_processor.to_json_string())
     return {
         "weights": weights_digest(model),
         "saturation_layer": config.saturation_layer,
         "num_fusion_layers": config.num_fusion_layers,
-        "processor": digest(*(str(text).encode() for text in texts), _vocabulary(processor.tokenizer)),
+        "config": _fields_digest(config.to_dict(), BESIDE_THE_POINT),
+        "processor": digest(
+            _fields_digest(processor.to_dict(), BESIDE_THE_POINT).encode(),
+            str(processor.chat_template).encode(),
+            processor.image_processor.to_json_string().encode(),
+            _vocabulary(processor.tokenizer),
+        ),
         "data": data_digest(dataset),
         "rows": len(dataset),
         "max_length": dataset.max_length,
         "dtype": str(dtype).removeprefix("torch."),
         "teacher": model.loss == "distill",
     }
+
+
+def _fields_digest(fields: dict, left_out: set[str]) -> str:
+    """Of what a config or a processor states, on any level, but for the names that are left out."""
+
+    def kept(value):
+        if isinstance(value, dict):
+            return {name: kept(part) for name, part in value.items() if name not in left_out}
+        return value
+
+    return digest(json.dumps(kept(fields), sort_keys=True, default=str).encode())
 
 
 def _vocabulary(tokenizer) -> bytes:
@@ -243,8 +278,10 @@ def cache_features(
     is_mixed = dtype != torch.float32  # as the Trainer has it, which may hold frozen weights of this dtype too
     with tqdm(total=sum(map(len, spans)), desc="computing features", mininterval=1, disable=rank > 0) as bar:
         for shard, span in zip(shards, spans, strict=True):
-            for left in folder.glob(f".{shard_path(folder, shard).name}.*"):  # by a process that was killed
-                left.unlink()
+            for left in folder.glob(f".{shard_path(folder, shard).name}.*"):
+                with contextlib.suppress(FileNotFoundError):  # another run may write this shard, and end just now
+                    if time.time() - left.stat().st_mtime > LEFT_AFTER_SECONDS:
+                        left.unlink()
             rows = []
             loader = DataLoader(
                 Subset(loaded, span), batch_size, collate_fn=_without_bad_rows(collate), num_workers=num_workers

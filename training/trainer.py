@@ -3,6 +3,7 @@
 """Transformers' Trainer for a model of which a few percent train: its checkpoints hold these, not the whole model."""
 
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -54,11 +55,40 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(finished)[1] if finished else None
 
 
+class GroupedByLength(LengthGroupedSampler):
+    """Its order follows from seed and epoch alone, so that a run that goes on takes the rows that it has not taken."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
 class SideBranchTrainer(Trainer):
     """Saves and loads what trains; optimizer, schedule, random states and progress as the Trainer does.
 
     The Trainer itself would write the whole model, 14 GB for 7B, into each checkpoint.
+
+    Attributes:
+        facts: what checkpoints state of the run, by name. A run that goes on must have the same.
+        seconds: how long runs that this one goes on with have trained.
     """
+
+    facts: dict[str, str]
+    seconds = 0.0
+
+    def __init__(self, *args, facts: dict[str, str], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.facts, self.begin = facts, time.monotonic()
+
+    def seconds_trained(self) -> float:
+        return self.seconds + time.monotonic() - self.begin
 
     def _get_train_sampler(self, train_dataset=None):
         """Rows are grouped by the lengths that the dataset tells; the Trainer would load them all to see."""
@@ -66,7 +96,8 @@ class SideBranchTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch_size, lengths=dataset.lengths())
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(batch_size, dataset.lengths(), seed)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """As the Trainer does.
@@ -87,14 +118,19 @@ class SideBranchTrainer(Trainer):
         for name, weight in trainable(self.model).items():  # every process: a sharded weight is gathered from all
             weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
             weights[name] = weight.detach().cpu().contiguous()
-        metadata = {"format": "pt", "loss": self.model.loss, **describe_training(self.model.base)}
+        metadata = {"format": "pt", **self.facts, **describe_training(self.model.base)}
+        metadata["seconds"] = str(self.seconds_trained())
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / TRAINED_WEIGHTS, metadata)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
+        self.seconds = float(self._load_trained(resume_from_checkpoint, model).get("seconds", 0))
+
+    def _load_trained(self, checkpoint: str, model: nn.Module | None = None) -> dict[str, str]:
+        """Returns what the checkpoint states."""
+        path = Path(checkpoint, TRAINED_WEIGHTS)
         expected = trainable(model or self.model)
         with safe_open(path, framework="pt") as file:
             stored = set(file.keys())
@@ -104,22 +140,24 @@ class SideBranchTrainer(Trainer):
                     f"{path} holds {len(stored)} weights, but {len(expected)} train in this run; {differing[0]} is in "
                     "only one of the two. Resume with the --lora or --peft-config that the run began with."
                 )
-            stated, loss = file.metadata(), self.model.loss
+            stated = file.metadata()
             check_trained_for(path, stated, self.model.base)
-            if stated.get("loss", loss) != loss:
-                raise ValueError(
-                    f"{path} was trained with loss={stated['loss']}, but this run has {loss}. Resume with the --loss "
-                    "that the run began with, or train into another folder."
-                )
+            for name, value in self.facts.items():
+                if stated.get(name, value) != value:
+                    raise ValueError(
+                        f"{path} was trained with {name}={stated[name]}, but this run has {value}. Resume with the "
+                        f"--{name} that the run began with, or train into another folder."
+                    )
             with torch.no_grad():
                 for name, weight in expected.items():
                     value = file.get_tensor(name).to(weight.device, weight.dtype)
                     if isinstance(weight, DTensor):
                         value = distribute_tensor(value, weight.device_mesh, weight.placements)
                     weight.copy_(value)
+        return stated
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_trained(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
