@@ -40,7 +40,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.output_capturing import capture_outputs, selected_hidden_states
 
@@ -539,6 +539,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 else:
                     initialization.copy_(weight, source.get_parameter(name))
 
+    @can_return_tuple
     @warn_of_the_old_name
     def forward(
         self,
@@ -563,7 +564,6 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache = past_key_values if cache is None else cache
-        return_dict = kwargs.pop("return_dict", None)
         image_outputs = image_features = None
         if pixel_values is not None or mm_encoder_outputs:
             image_outputs, image_features = self.encode_images(
@@ -591,8 +591,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             inputs_embeds, is_vision, image_features, attention_mask, position_ids, cache, logits_to_keep, **kwargs
         )
         images = {IMAGES: image_features if IMAGES == "image_hidden_states" else image_outputs}
-        outputs = LlavaModelOutputWithPast(**outputs, **images)
-        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+        return LlavaModelOutputWithPast(**outputs, **images)
 
     @torch.compiler.disable
     def encode_images(
@@ -930,6 +929,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         """Image features after the projector, as [`~transformers.LlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, *args, **kwargs)
 
+    @can_return_tuple
     @warn_of_the_old_name
     def forward(
         self,
@@ -989,7 +989,6 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         >>> inputs = processor(images=Image.open("digits.png"), text=prompt, return_tensors="pt")
         >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
         ```"""
-        return_dict = kwargs.pop("return_dict", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -1012,14 +1011,13 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        outputs = LlavaCausalLMOutputWithPast(
+        return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{name: getattr(outputs, name) for name in (CACHE, IMAGES)},
         )
-        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     def prepare_inputs_for_generation(
         self,
