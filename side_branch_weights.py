@@ -154,16 +154,21 @@ def check_adapter_fits(path: Path, config: DPVRConfig, base: list[Weight], name:
         raise ConversionError(mismatch)
 
 
+def branch_name(key: str) -> str | None:
+    """The name in a checkpoint of a side-branch weight that an adapter calls `key`; None if it is none of these."""
+    match = re.search(r"(?:^|\.)(side_branch\.layers\.\d+\..+)$", key)
+    # PEFT's LN tuning, which keeps a copy of each module, names its copies by the tuner
+    return "model." + match[1].replace(".ln_tuning_layers.", ".") if match else None
+
+
 def adapter_weights(path: Path, untrained: list[Weight]) -> list[Weight]:
     """The trained side branch of `path`, checked against the names and shapes of `untrained`."""
     expected = {weight.name: weight.shape for weight in untrained}
     stored: dict[str, StoredTensor] = {}
     for key, tensor in read_safetensors(path)[0].items():
         shape = tensor.shape
-        match = re.search(r"(?:^|\.)side_branch\.layers\.\d+\..+$", key)
-        # PEFT's LN tuning, which keeps a copy of each module, names its copies by the tuner
-        name = "model." + match[0].lstrip(".").replace(".ln_tuning_layers.", ".") if match else key
-        if ".lora_" in key or (not match and ".ln_tuning_layers." in key):
+        name = branch_name(key)
+        if ".lora_" in key or (not name and ".ln_tuning_layers." in key):
             raise ConversionError(
                 f"{key} in {path} changes a layer of the base, beside a side branch. Merge it into a checkpoint "
                 "instead: python scripts/merge_adapter.py BASE ADAPTER OUTPUT"

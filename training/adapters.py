@@ -59,7 +59,7 @@ from configuration_dpvr import ROUTING
 from convert_llava_to_dpvr import choose_saturation_layer, make_dpvr_config
 from processing_dpvr import DPVRProcessor
 from read_llava import convert_processor
-from side_branch_weights import SAMPLE_SIZE, describe, find_mismatch, make_sample
+from side_branch_weights import SAMPLE_SIZE, branch_name, describe, find_mismatch, make_sample
 from training.card import RUN_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,12 +288,6 @@ def check_trained_for(path: Path, stated: dict[str, str], base: PreTrainedModel)
     name = base.name_or_path or "the model"
     if mismatch := find_mismatch(path, stated, base.config, sample_base(base), name):
         raise AdapterError(mismatch)
-
-
-def branch_name(key: str) -> str | None:
-    """The name in a checkpoint of a side-branch weight that an adapter calls `key`; None if it is none of these."""
-    match = re.search(r"(?:^|\.)(side_branch\.layers\.\d+\..+)$", key)
-    return "model." + match[1].replace(".ln_tuning_layers.", ".") if match else None
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
