@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import PeftConfig
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
@@ -151,10 +152,7 @@ def wrap(model, options: argparse.Namespace) -> StagedModel:
     """The model with what trains in it, which is in float32."""
     lora = options.lora
     if options.peft_config:
-        from peft import PeftConfig
-
         lora = PeftConfig.from_pretrained(str(options.peft_config))
-        lora.inference_mode = False
     model = add_adapter(model, lora, whole_fusion=options.whole_fusion)
     train_in_float32(model)
     return StagedModel(model, options.loss)
