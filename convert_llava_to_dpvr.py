@@ -623,10 +623,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = vars(parser.parse_args(arguments))
@@ -640,7 +636,7 @@ def main(arguments: list[str] | None = None) -> int:
             validate_repo_id(repo)
         except HFValidationError as error:
             parser.error(f"--push-to-hub: {error}")
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         summary = convert(**options, progress=True)
         print(summary)

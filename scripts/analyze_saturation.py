@@ -543,17 +543,13 @@ def analyze(args: argparse.Namespace) -> dict:
     return summary
 
 
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
     for name in ("questions", "num_fusion_layers", "samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print(summary_text(analyze(args)))
     except (AnalysisError, OSError) as error:
