@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import transformers
 from scipy.stats import theilslopes
@@ -108,11 +109,7 @@ def answer(model, processor, request: Request, max_new_tokens: int) -> str:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmRSS.")
+    return psutil.Process().memory_info().rss
 
 
 def resident_bytes_held() -> int:
