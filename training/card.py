@@ -8,6 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from benchmarks.tables import markdown
+
 RUN_FILE, CARD_FILE, PLOT_FILE = "training.json", "README.md", "loss.png"
 
 CARD = """\
@@ -102,7 +104,7 @@ def make_card(
         base=base,
         saturation_layer=run.get("saturation_layer", "S"),
         load=_load(run, base, name, is_adapter, subfolder),
-        facts=_table(["", ""], _facts(run)),
+        facts=markdown(["", ""], _facts(run)),
         plot=f"\n![Loss by step]({PLOT_FILE})\n" if has_plot else "",
         results=_results(run),
     )
@@ -163,17 +165,13 @@ def _results(run: dict) -> str:
     for kind, first in held_out[models[0]].items():
         cells = [held_out[model][kind] for model in models]
         rows.append([kind, f"{first['questions']:,}", *(_share(cell) for cell in cells)])
-    table = _table(["question", "number", *models], rows)
+    table = markdown(["question", "number", *models], rows)
     return f"\n## Measured accuracy\n\nOn questions held out of the training, with 95 % Wilson intervals:\n\n{table}\n"
 
 
 def _share(cell: dict) -> str:
     low, high = cell["wilson_95"]
     return f"{cell['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def plot_losses(run: dict, path: Path) -> bool:
