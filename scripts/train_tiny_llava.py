@@ -241,7 +241,7 @@ def patch_features(model: LlavaForConditionalGeneration, pixel_values: torch.Ten
 
 
 @torch.no_grad()
-def tower_accuracy(model, heads, processor, seed: int) -> float:
+def tower_accuracy(model, heads, processor) -> float:
     """Share of held-out digits that the auxiliary head names rightly, voting over a cell's patches."""
     cells, labels = (torch.from_numpy(array) for array in task.load_digits_split("test"))
     grids = cells.view(-1, task.GRID_SIZE, task.GRID_SIZE, *cells.shape[1:]).float() / 255
@@ -278,7 +278,7 @@ def train_tower(model, processor, args, rng: np.random.Generator, generator: tor
         if step % 50 == 0:
             hits = (digit.argmax(-1) == targets).float().mean().item()
             bar.set_postfix(loss=f"{loss.item():.3f}", digit=f"{hits:.3f}")
-    return tower_accuracy(model, heads, processor, args.seed)
+    return tower_accuracy(model, heads, processor)
 
 
 # Phase 2: the decoder, on text
