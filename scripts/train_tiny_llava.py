@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -449,12 +450,9 @@ def train_decoder(model, processor, args, rng: np.random.Generator, generator: t
 # Evaluation, through the saved files
 
 
-def wilson_interval(hits: int, n: int, z: float = 1.96) -> list[float]:
+def wilson_interval(hits: int, n: int) -> list[float]:
     """95 % interval of a proportion."""
-    p = hits / n
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return [round(center - half, 4), round(center + half, 4)]
+    return [round(float(end), 4) for end in binomtest(hits, n).proportion_ci(method="wilson")]
 
 
 @torch.no_grad()
