@@ -46,7 +46,14 @@ from train_tiny_llava import LONG_BATCH, conversation_text, sample_batch, to_pix
 
 from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
-from benchmarks.side_branch_seeds import labelled, mean_interval, text_batch, write_results
+from benchmarks.side_branch_seeds import (
+    labelled,
+    mean_interval,
+    read_results,
+    right_answers,
+    text_batch,
+    write_results,
+)
 from benchmarks.side_branch_seeds import train as train_side_branch
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
@@ -226,13 +233,6 @@ def training_batches(llava, processor, num_batches: int) -> list[Prepared]:
 # Answers
 
 
-def right_answers(logits: torch.Tensor, labels: torch.LongTensor) -> torch.BoolTensor:
-    """Which answers `(B,)` greedy generation gets right. logits `(N, V)` of the tokens that predict the answers'."""
-    answers = predicts(labels)
-    wrong = logits.argmax(-1) != labels[:, 1:][answers[:, :-1]]
-    return torch.bincount(answers.nonzero()[:, 0], wrong.float(), minlength=len(answers)) == 0
-
-
 @torch.no_grad()
 def pruned_accuracy(model: PrunedLlava, stages: tuple[baselines.Stage, ...], batches: list[Prepared]) -> dict:
     """Accuracy of a baseline, or with no stages of the dense model, by kind."""
@@ -275,19 +275,6 @@ def routed_accuracy(staged: StagedModel, batches: list[tuple[Prepared, Features]
 
 
 # The run
-
-
-def read_results(path: Path, settings: dict | None) -> dict:
-    """The results of an earlier run, if it was one with these settings; None takes any."""
-    if not path.exists():
-        return {"settings": settings, "models": {}}
-    record = json.loads(path.read_text())
-    if settings is not None and record["settings"] != settings:
-        raise SystemExit(
-            f"{path} was made with {record['settings']}, this run would be with {settings}: choose another --output, "
-            "or delete it."
-        )
-    return record
 
 
 def measure_baselines(llava_folder: Path, found: dict, held_out: list[list[Prepared]], cells: dict, save) -> None:
@@ -672,8 +659,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    record = read_results(args.output, None if args.report else {name: getattr(args, name) for name in SETTINGS})
-    if not args.report:
+    if args.report:
+        record = json.loads(args.output.read_text())
+    else:
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        record = read_results(args.output, {"settings": settings, "models": {}})
         for name in args.models:
             measure(name, args, record)
     entries = summarize(record)

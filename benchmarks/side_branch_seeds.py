@@ -50,7 +50,7 @@ from train_tiny_llava import (
 )
 
 from convert_llava_to_dpvr import convert
-from training.staged import LOSSES, StagedModel, collate_rows, split_rows
+from training.staged import IGNORED, LOSSES, StagedModel, collate_rows, predicts, split_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "side_branch_seeds.json"
 INITS = ("identity", "copy", "random")
@@ -92,7 +92,7 @@ def labelled(processor, ids: torch.Tensor, pixel_values: torch.Tensor) -> dict[s
     return {
         "input_ids": ids,
         "attention_mask": (ids != tokenizer.pad_token_id).long(),
-        "labels": torch.where(mask, ids, -100),
+        "labels": torch.where(mask, ids, IGNORED),
         "pixel_values": pixel_values,
     }
 
@@ -147,6 +147,13 @@ def train(model: StagedModel, rows: list[dict], seed: int, args) -> None:
         schedule.step()
 
 
+def right_answers(logits: torch.Tensor, labels: torch.LongTensor) -> torch.BoolTensor:
+    """Which answers `(B,)` greedy generation gets right. logits `(N, V)` of the tokens that predict the answers'."""
+    answers = predicts(labels)
+    wrong = logits.argmax(-1) != labels[:, 1:][answers[:, :-1]]
+    return torch.bincount(answers.nonzero()[:, 0], wrong.float(), minlength=len(answers)) == 0
+
+
 @torch.no_grad()
 def evaluate(model: StagedModel, batches: list[dict], dense: bool = False) -> dict:
     """Accuracy by kind and in all, share of right tokens, and KL from the dense model (0 for itself)."""
@@ -157,12 +164,10 @@ def evaluate(model: StagedModel, batches: list[dict], dense: bool = False) -> di
         features = batch["features"]
         teacher = head(features.teacher_states)
         logits = teacher if dense else head(model.answer_states(features))
-        answers = features.labels[:, 1:] != -100
-        hit = logits.argmax(-1) == features.labels[:, 1:][answers]
-        row = answers.nonzero()[:, 0]
-        right.append(torch.bincount(row, (~hit).float(), minlength=len(answers)) == 0)
+        right.append(right_answers(logits, features.labels))
         kinds += batch["kinds"]
-        hits.append(hit)
+        labels = features.labels[:, 1:]
+        hits.append(logits.argmax(-1) == labels[labels != IGNORED])
         divergence.append(LOSSES["distill"](logits, None, teacher))
     right, hits = torch.cat(right).float(), torch.cat(hits).float()
     by_kind = {kind: right[[i for i, k in enumerate(kinds) if k == kind]].mean().item() for kind in task.KINDS}
@@ -173,15 +178,15 @@ def evaluate(model: StagedModel, batches: list[dict], dense: bool = False) -> di
 # The run
 
 
-def read_results(path: Path, settings: dict) -> dict:
-    """The cells of an earlier run, if it was one with these settings."""
+def read_results(path: Path, new: dict) -> dict:
+    """The record of an earlier run, which must be one with the settings of `new`, or `new` if there is none."""
     if not path.exists():
-        return {"settings": settings, "versions": versions(), "cells": {}}
+        return new
     record = json.loads(path.read_text())
-    if record["settings"] != settings:
+    if record["settings"] != new["settings"]:
         raise SystemExit(
-            f"{path} was made with {record['settings']}, this run would be with {settings}: choose another --output, "
-            "or delete it."
+            f"{path} was made with {record['settings']}, this run would be with {new['settings']}: choose another "
+            "--output, or delete it."
         )
     return record
 
@@ -342,10 +347,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    record = read_results(args.output, {name: getattr(args, name) for name in SETTINGS}) if not args.table else None
     if args.table:
         record = json.loads(args.output.read_text())
     else:
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        record = read_results(args.output, {"settings": settings, "versions": versions(), "cells": {}})
         folder = Path(tempfile.mkdtemp(prefix="side-branch-seeds-"))
         try:
             for saturation_layer in args.saturation_layers:
