@@ -18,7 +18,6 @@ Plots are drawn into `figures/`. `--check` changes nothing, and fails if a page 
 import argparse
 import importlib
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -123,19 +122,9 @@ def quality_table(record: dict) -> str:
 
 
 def side_branch_seeds_table(record: dict) -> str:
-    """Accuracy, what training recovers of it, and KL, by layer, loss and initialisation."""
-    from benchmarks.side_branch_seeds import summarize
+    from benchmarks.side_branch_seeds import summarize, table
 
-    def interval(pair: tuple[float, float], scale: float, digits: str) -> str:
-        half = "" if math.isnan(pair[1]) else f" ± {format(scale * pair[1], digits)}"
-        return "" if math.isnan(pair[0]) else format(scale * pair[0], digits) + half
-
-    rows = []
-    for entry in summarize(record):
-        names = [str(entry[key]) for key in ("saturation_layer", "loss", "init", "seeds")]
-        shares = [interval(entry[key], 100, ".1f") for key in ("accuracy", "recovered")]
-        rows.append([*names, *shares, interval(entry["kl"], 1, ".4f")])
-    return markdown(["S", "loss", "initialisation", "seeds", "accuracy %", "recovered %", "KL, nats"], rows)
+    return table(summarize(record))
 
 
 def soak_table(record: dict) -> str:

@@ -49,6 +49,7 @@ from train_tiny_llava import (
     versions,
 )
 
+from benchmarks.tables import markdown
 from convert_llava_to_dpvr import convert
 from training.staged import IGNORED, LOSSES, StagedModel, collate_rows, predicts, split_rows
 
@@ -285,36 +286,19 @@ def best(entries: list[dict]) -> dict:
     return {"loss": loss, "init": init}
 
 
-HEADER = ["S", "loss", "init", "seeds", "accuracy %", "recovered %", "KL", *task.KINDS]
+def table(entries: list[dict]) -> str:
+    """Accuracy, what training recovers of it, and KL, by layer, loss and initialisation, as Markdown."""
 
-
-def table_rows(entries: list[dict]) -> list[list[str]]:
-    """Cells under `HEADER`."""
-
-    def percent(pair: tuple[float, float]) -> str:
-        half = "" if np.isnan(pair[1]) else f" ± {100 * pair[1]:.1f}"
-        return f"{100 * pair[0]:.1f}{half}"
+    def interval(pair: tuple[float, float], scale: float, digits: str) -> str:
+        half = "" if np.isnan(pair[1]) else f" ± {format(scale * pair[1], digits)}"
+        return "" if np.isnan(pair[0]) else format(scale * pair[0], digits) + half
 
     rows = []
     for entry in entries:
-        half = "" if np.isnan(entry["kl"][1]) else f" ± {entry['kl'][1]:.4f}"
-        rows.append(
-            [
-                *(str(entry[name]) for name in ("saturation_layer", "loss", "init", "seeds")),
-                percent(entry["accuracy"]),
-                percent(entry["recovered"]),
-                f"{entry['kl'][0]:.4f}{half}",
-                *(percent(entry[kind]) for kind in task.KINDS),
-            ]
-        )
-    return rows
-
-
-def table(entries: list[dict]) -> str:
-    rows = [HEADER, *table_rows(entries)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+        names = [str(entry[key]) for key in ("saturation_layer", "loss", "init", "seeds")]
+        shares = [interval(entry[key], 100, ".1f") for key in ("accuracy", "recovered")]
+        rows.append([*names, *shares, interval(entry["kl"], 1, ".4f")])
+    return markdown(["S", "loss", "initialisation", "seeds", "accuracy %", "recovered %", "KL, nats"], rows)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
