@@ -39,6 +39,7 @@ from saturation_rule import KL_THRESHOLD, AnalysisError, summarize
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import own_template
+from training.data import read_rows as read_conversations
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -88,14 +89,9 @@ def folder_samples(folder: Path, question: str) -> list[Sample]:
 
 def read_entries(path: Path) -> list:
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = text.split("\n")  # a string may hold what splitlines takes for the end of one
-        entries = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise AnalysisError(f"{path} cannot be read: {error}") from error
-    if not isinstance(entries, list):
-        raise AnalysisError(f"{path} holds a {type(entries).__name__}, not a list of samples.")
-    return entries
+        return read_conversations(path)
+    except ValueError as error:
+        raise AnalysisError(str(error)) from error
 
 
 def llava_samples(path: Path, images: Path) -> tuple[list[Sample], list[str]]:

@@ -755,7 +755,7 @@ def test_question_files_and_folders_of_pictures_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read"),
+        ("{", "is not valid JSON"),
         ('{"a": 1}', "holds a dict, not a list"),
         ("[3]", "entry 0 is a int"),
         ('[{"image": "0.png"}]', "entry 0 has neither conversations nor text"),
