@@ -37,6 +37,7 @@ import psutil
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -137,18 +138,12 @@ def cached_batches(model: StagedModel, batch: dict, args, folder: Path):
     dtype = getattr(torch, args.dtype)
     with torch.no_grad():
         rows = [{k: v.cpu() for k, v in row.items()} for row in split_rows(model.compute_features(**batch))]
-    write_whole(shard_path(folder, 0), _serialized(rows, dtype, model.config.text_config.hidden_size))
+    write_whole(shard_path(folder, 0), save(pack_rows(rows, dtype, model.config.text_config.hidden_size)))
     (folder / INDEX).write_text(json.dumps({"num_rows": len(rows), "rows_per_shard": len(rows)}))
     features = CachedFeatures(folder)
     while True:
         read = collate_rows([features[i] for i in range(len(features))])
         yield {name: tensor.to(args.device) for name, tensor in read.items()}
-
-
-def _serialized(rows: list, dtype: torch.dtype, hidden_size: int) -> bytes:
-    from safetensors.torch import save
-
-    return save(pack_rows(rows, dtype, hidden_size))
 
 
 def peak_bytes(args) -> int:
