@@ -689,14 +689,13 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         wanted = kwargs.get("output_hidden_states")
         if wanted:
             kwargs["output_hidden_states"] = True  # of all layers, until the states of text-only layers are expanded
-        num_seen = 0
         if cache is not None:
             self.add_stream_layers(cache)
-            num_seen = cache.get_seq_length()
             if cache.offloading:  # the layer prefetched after the decoder's last is the side branch's, not the first
                 cache.layers[0].prefetch()
+        is_packed = "cu_seq_lens_q" in kwargs
         call, text, vision, mask = self.plan_call(
-            inputs_embeds, is_vision, attention_mask, position_ids, cache, num_seen, kwargs, image_features
+            inputs_embeds, is_vision, attention_mask, position_ids, cache, image_features, is_packed
         )
         if image_features is not None:
             inputs_embeds = insert_image_features(inputs_embeds, is_vision, image_features)
@@ -730,9 +729,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
         cache: Cache | None = None,
-        num_seen: int | torch.Tensor = 0,
-        kwargs: dict | None = None,
         image_features: torch.Tensor | None = None,
+        is_packed: bool = False,
     ) -> tuple[Call, StreamPlan | None, StreamPlan | None, torch.Tensor | None]:
         """What the call says of its tokens, the plans of the text and the vision stream, and the mask of the layers
         that see both.
@@ -740,12 +738,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         Args:
             inputs_embeds: `(B, T, D)`.
             is_vision: `(B, T)`, or None if all tokens are text.
-            num_seen: tokens that `cache` holds.
-            kwargs: the other arguments of the layers.
             image_features: `(number of vision tokens, D)`, whose number is checked.
+            is_packed: whether the caller says that a row holds several sequences.
         """
+        num_seen = 0 if cache is None else cache.get_seq_length()
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen
-        self._refuse_unsupported(attention_mask, position_ids, cache, num_seen, len(columns), kwargs or {})
+        self._refuse_unsupported(attention_mask, position_ids, cache, num_seen, len(columns), is_packed)
         position_ids = columns[None] if position_ids is None else position_ids
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         call = Call(attention_mask, position_ids, columns, rotary, cache)
@@ -877,7 +875,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         cache: Cache | None,
         num_seen: int | torch.Tensor,
         length: int,
-        kwargs: dict,
+        is_packed: bool,
     ) -> None:
         """Refuses what would be computed wrongly without a word."""
         num_masked = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else None
@@ -886,11 +884,10 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
                 f"more. Pass a mask of {num_seen + length} columns."
             )
-        is_packed = False
         if attention_mask is None and position_ids is not None and length > 1:
             steps = position_ids.diff(dim=-1)  # without a cache, transformers reads any gap as the start of a sequence
-            is_packed = bool((steps != 1).any() if cache is None else (steps < 0).any())
-        if is_packed or "cu_seq_lens_q" in kwargs:
+            is_packed = is_packed or bool((steps != 1).any() if cache is None else (steps < 0).any())
+        if is_packed:
             raise ValueError(
                 "Several sequences packed into one row (position_ids that restart, or cu_seq_lens_q) cannot be "
                 "routed. Pass one sequence a row, padded, with an attention_mask."
