@@ -31,6 +31,11 @@ def attention_window(text_config) -> int | None:
     return window if not kinds or "sliding_attention" in kinds else None
 
 
+def proportional_layer(num_layers: int, num_fusion_layers: int = 1) -> int:
+    """The saturation layer at the paper's share of the depth, 18 of 32, or the last that leaves the fusion its own."""
+    return max(1, min(18 * num_layers // 32, num_layers - num_fusion_layers))
+
+
 class DPVRConfig(LlavaConfig):
     r"""
     Configuration of [`DPVRForConditionalGeneration`], a LLaVA whose vision tokens leave the decoder half way.

@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import LlavaConfig
 
 from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, prefill_loads
-from configuration_dpvr import AUTO_MAP, DPVRConfig
+from configuration_dpvr import AUTO_MAP, DPVRConfig, proportional_layer
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
 from scripts.checksums import write_checksums
@@ -440,7 +440,7 @@ def choose_saturation_layer(
         return given, why
     if stated is not None:
         return stated, "the adapter was trained there"
-    layer = max(1, min(18 * num_layers // 32, num_layers - num_fusion_layers))
+    layer = proportional_layer(num_layers, num_fusion_layers)
     return layer, f"18 of 32 layers in the paper, {layer} of {num_layers} here"
 
 

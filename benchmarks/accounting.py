@@ -46,7 +46,7 @@ from transformers import AutoConfig, LlavaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configuration_dpvr lies beside this folder
 
-from configuration_dpvr import ROUTING, DPVRConfig
+from configuration_dpvr import ROUTING, DPVRConfig, proportional_layer
 
 
 @dataclass(frozen=True)
@@ -263,17 +263,15 @@ def _table(config: DPVRConfig, vision_tokens: int, text_tokens: int) -> str:
 
 def _load_config(checkpoint: str | None, saturation_layer: int | None) -> DPVRConfig:
     """The config of a DPVR, or of the one that a LLaVA becomes; the layer that is given, or the converter's."""
-    from convert_llava_to_dpvr import choose_saturation_layer  # which imports this module
-
     config = DPVRConfig() if checkpoint is None else AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if not hasattr(config, "vision_config"):
         raise ValueError(f"{checkpoint} is a {type(config).__name__}, not the config of a LLaVA or a DPVR.")
     fields = config.to_dict()
     is_routed = fields.pop("model_type") == "dpvr"
-    if saturation_layer is not None or not is_routed:
-        num_layers, num_fusion_layers = config.text_config.num_hidden_layers, fields.get("num_fusion_layers", 1)
-        layer, _ = choose_saturation_layer(saturation_layer, num_layers, num_fusion_layers, None)
-        fields["saturation_layer"] = layer
+    if saturation_layer is not None:
+        fields["saturation_layer"] = saturation_layer
+    elif not is_routed:
+        fields["saturation_layer"] = proportional_layer(config.text_config.num_hidden_layers)
     return DPVRConfig(**fields)
 
 

@@ -50,6 +50,7 @@ from benchmarks import accounting, baselines
 from benchmarks.caches import CACHE, make_cache, stored_bytes
 from benchmarks.make_random_llava import make_config
 from benchmarks.tables import markdown
+from configuration_dpvr import proportional_layer
 
 CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
 ROUTING = sys.modules[CODE.__module__]
@@ -137,7 +138,7 @@ def make_methods(args, device: torch.device) -> list[Method]:
     fields = config.to_dict()
     fields.pop("model_type")
     num_layers = args.layers
-    layer = max(1, 18 * num_layers // 32) if args.saturation_layer is None else args.saturation_layer
+    layer = proportional_layer(num_layers) if args.saturation_layer is None else args.saturation_layer
     routed = CODE.config_class(**fields, saturation_layer=layer)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -48,6 +48,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.accounting import dense_config
 from benchmarks.tables import markdown
+from configuration_dpvr import proportional_layer
 from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
 from training.staged import IGNORED, StagedModel, collate_rows, split_rows
 
@@ -64,13 +65,11 @@ def make_config(args):
     if side * side != args.vision_tokens:
         raise SystemExit(f"--tokens: {args.vision_tokens} vision tokens are no square of patches; 576 are 24 x 24.")
     layers = args.layers
-    text_only = (layers - 1 - 18 * layers // 32) if args.text_only is None else args.text_only
+    saturation_layer = proportional_layer(layers) if args.text_only is None else layers - 1 - args.text_only
     text = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 32064}
     text |= {"hidden_size": args.hidden_size, "intermediate_size": args.hidden_size * 11008 // 4096}
     text |= {"num_attention_heads": args.hidden_size // 128, "num_key_value_heads": args.hidden_size // 128}
-    config = config_class(
-        text_config=text, saturation_layer=layers - 1 - text_only, image_seq_length=args.vision_tokens
-    )
+    config = config_class(text_config=text, saturation_layer=saturation_layer, image_seq_length=args.vision_tokens)
     config.vision_config.image_size = 14 * side
     config.vision_config.num_hidden_layers = args.vision_layers
     return config

@@ -55,8 +55,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from configuration_dpvr import ROUTING
-from convert_llava_to_dpvr import choose_saturation_layer, make_dpvr_config
+from configuration_dpvr import ROUTING, proportional_layer
+from convert_llava_to_dpvr import make_dpvr_config
 from processing_dpvr import DPVRProcessor
 from read_llava import convert_processor
 from side_branch_weights import SAMPLE_SIZE, branch_name, describe, find_mismatch, make_sample
@@ -548,9 +548,9 @@ def _choose_routing(adapter: Path | None, saturation_layer: int | None, num_laye
         raise AdapterError(
             f"{adapter} was trained for saturation_layer={trained}, but {saturation_layer} was asked for."
         )
-    layer = saturation_layer if trained is None else int(trained)
-    routing["saturation_layer"], _ = choose_saturation_layer(layer, num_layers, routing["num_fusion_layers"], None)
-    return routing
+    if trained is None and saturation_layer is None:
+        saturation_layer = proportional_layer(num_layers, routing["num_fusion_layers"])
+    return routing | {"saturation_layer": saturation_layer if trained is None else int(trained)}
 
 
 def processor_from_llava(llava: str | Path, **kwargs) -> DPVRProcessor:
