@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -71,18 +72,6 @@ def make_config(num_layers: int, hidden_size: int, tower_layers: int = 24) -> Ll
     return config
 
 
-def plan_files(shapes: dict[str, torch.Size], max_bytes: int) -> list[list[str]]:
-    files: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        size += 2 * shape.numel()
-        if size > max_bytes and files[-1]:
-            files.append([])
-            size = 2 * shape.numel()
-        files[-1].append(name)
-    return files
-
-
 def old_name(name: str) -> str:
     for pattern, replacement in OLD_NAMES:
         if re.match(pattern, name):
@@ -93,15 +82,15 @@ def old_name(name: str) -> str:
 def write_weights(folder: Path, config: LlavaConfig, max_bytes: int, seed: int) -> None:
     """Norms of one, all else normal with the config's deviation; one file in memory at a time."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlavaForConditionalGeneration(config).state_dict().items()}
-    files = plan_files(shapes, max_bytes)
+        weights = LlavaForConditionalGeneration(config).bfloat16().state_dict()
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=max_bytes)
     generator = torch.Generator().manual_seed(seed)
-    weight_map, total = {}, sum(2 * shape.numel() for shape in shapes.values())
+    weight_map, total = {}, split.metadata["total_size"]
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing random weights", disable=None) as bar:
-        for i, names in enumerate(files, 1):
-            file, tensors = f"model-{i:05}-of-{len(files):05}.safetensors", {}
+        for file, names in split.filename_to_tensors.items():
+            tensors = {}
             for name in names:
-                tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
+                tensor = torch.empty_like(weights[name], device="cpu")
                 is_norm = tensor.ndim == 1 and "norm" in name and name.endswith("weight")
                 tensors[old_name(name)] = (
                     tensor.fill_(1)
