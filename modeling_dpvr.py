@@ -533,7 +533,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         source = self.language_model.layers[self.config.saturation_layer]
         for layer in self.side_branch.layers:
             for name, weight in layer.named_parameters():
-                # These keep weights that came from a checkpoint
+                # Functions of `initialization` leave weights alone that came from a checkpoint
                 if name.startswith(("self_attn.o_proj", "mlp.down_proj")):
                     initialization.zeros_(weight)
                 else:

@@ -19,5 +19,5 @@ def make_cache(config) -> DynamicCache:
 def stored_bytes(cache, config) -> int:
     """Bytes of the keys and values in a cache."""
     num_layers = config.text_config.num_hidden_layers + getattr(config, "num_side_layers", 0)
-    layers = cache.layers[:num_layers]  # behind DPVR's lies one for the places of tokens
+    layers = cache.layers[:num_layers]  # behind DPVR's lie two, for the places of tokens
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)

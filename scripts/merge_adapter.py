@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         merge(options.base, options.adapter, options.output, options.subfolder, options.dtype)
-    except (AdapterError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{options.output}: {options.base} with {options.adapter}; it loads without PEFT")

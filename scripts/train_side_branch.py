@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from training.adapters import (
-    AdapterError,
     add_adapter,
     base_name,
     from_llava,
@@ -291,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, training_arguments = parse_args(arguments)
     try:
         record = run(options, training_arguments)
-    except (ValueError, AdapterError, CacheError, OSError) as error:
+    except (ValueError, CacheError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if training_arguments.process_index == 0:

@@ -284,7 +284,7 @@ def cache_features(
                         left.unlink()
             rows = []
             loader = DataLoader(
-                Subset(loaded, span), batch_size, collate_fn=_without_bad_rows(collate), num_workers=num_workers
+                Subset(loaded, span), batch_size, collate_fn=_GoodRows(collate), num_workers=num_workers
             )
             for batch, size in loader:
                 if batch is not None:
@@ -299,7 +299,7 @@ def cache_features(
     return folder
 
 
-class _without_bad_rows:  # noqa: N801  a class, not a closure, so that worker processes can be sent it
+class _GoodRows:  # a class, not a closure, so that worker processes can be sent it
     """A collator that leaves out rows that are None, and tells how many rows there were."""
 
     def __init__(self, collate: Collator):
