@@ -218,6 +218,14 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from error
 
 
+def remove_leavings(path: Path) -> None:
+    """What a process that was killed has written of a file; not what another run may be writing just now."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > LEFT_AFTER_SECONDS:
+                left.unlink()
+
+
 class _Loaded(Dataset):
     """Rows of a `ConversationDataset`, None in the place of a bad one, which is reported to `bad_rows`."""
 
@@ -234,6 +242,21 @@ class _Loaded(Dataset):
         except BadRowError as error:
             self.bad_rows.add(number, self.dataset.rows, error)
             return None
+
+
+def compute_rows(model: StagedModel, batches: DataLoader, dtype: torch.dtype, bar: tqdm) -> list[dict]:
+    """The features of all rows of `batches`, in memory of the CPU."""
+    device = model.core.language_model.norm.weight.device
+    is_mixed = dtype != torch.float32  # as the Trainer has it, which may hold frozen weights of this dtype too
+    rows = []
+    for batch, size in batches:
+        if batch is not None:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=is_mixed):
+                features = model.compute_features(**batch)
+            rows += [{name: tensor.cpu() for name, tensor in row.items()} for row in split_rows(features)]
+        bar.update(size)
+    return rows
 
 
 def cache_features(
@@ -269,30 +292,16 @@ def cache_features(
     expected = fingerprint(model, dataset, dtype)
     index = open_index(folder, expected, estimate_row(model, dataset, dtype), len(dataset), rank == 0)
     bad_rows = BadRows(folder / BAD_ROWS, fresh=False)
-    loaded, collate = _Loaded(dataset, bad_rows), Collator(dataset.processor.tokenizer.pad_token_id)
+    loaded, collate = _Loaded(dataset, bad_rows), _GoodRows(Collator(dataset.processor.tokenizer.pad_token_id))
     shards = [s for s in range(rank, num_shards(index), world_size) if not shard_path(folder, s).exists()]
     spans = [range(s * index["rows_per_shard"], min((s + 1) * index["rows_per_shard"], len(loaded))) for s in shards]
-    device = model.core.language_model.norm.weight.device
     was_training = model.training
     model.eval()
-    is_mixed = dtype != torch.float32  # as the Trainer has it, which may hold frozen weights of this dtype too
     with tqdm(total=sum(map(len, spans)), desc="computing features", mininterval=1, disable=rank > 0) as bar:
         for shard, span in zip(shards, spans, strict=True):
-            for left in folder.glob(f".{shard_path(folder, shard).name}.*"):
-                with contextlib.suppress(FileNotFoundError):  # another run may write this shard, and end just now
-                    if time.time() - left.stat().st_mtime > LEFT_AFTER_SECONDS:
-                        left.unlink()
-            rows = []
-            loader = DataLoader(
-                Subset(loaded, span), batch_size, collate_fn=_GoodRows(collate), num_workers=num_workers
-            )
-            for batch, size in loader:
-                if batch is not None:
-                    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=is_mixed):
-                        features = model.compute_features(**batch)
-                    rows += [{k: v.cpu() for k, v in row.items()} for row in split_rows(features)]
-                bar.update(size)
+            remove_leavings(shard_path(folder, shard))
+            batches = DataLoader(Subset(loaded, span), batch_size, collate_fn=collate, num_workers=num_workers)
+            rows = compute_rows(model, batches, dtype, bar)
             write_whole(shard_path(folder, shard), save(pack_rows(rows, dtype, model.config.text_config.hidden_size)))
     model.train(was_training)
     dataset.bad_rows.add_all(bad_rows)
