@@ -38,11 +38,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
-from analyze_saturation import fingerprint
-from train_tiny_llava import LONG_BATCH, conversation_text, sample_batch, to_pixel_values, versions
 
 from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
@@ -58,6 +56,8 @@ from benchmarks.side_branch_seeds import train as train_side_branch
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from convert_llava_to_dpvr import convert
+from scripts.analyze_saturation import fingerprint
+from scripts.train_tiny_llava import LONG_BATCH, conversation_text, sample_batch, to_pixel_values, versions
 from training.adapters import add_adapter
 from training.staged import LOSSES, Features, StagedModel, predicts, split_rows
 

@@ -24,11 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
-import run_transformers_tests
-import saturation_report
 
 from benchmarks.accounting import (
     cache_bytes,
@@ -40,6 +38,7 @@ from benchmarks.accounting import (
 )
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
+from scripts import run_transformers_tests, saturation_report
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"

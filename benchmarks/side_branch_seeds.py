@@ -36,10 +36,13 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
-from train_tiny_llava import (
+
+from benchmarks.tables import markdown
+from convert_llava_to_dpvr import convert
+from scripts.train_tiny_llava import (
     LONG_BATCH,
     answer_mask,
     conversation_text,
@@ -48,9 +51,6 @@ from train_tiny_llava import (
     to_pixel_values,
     versions,
 )
-
-from benchmarks.tables import markdown
-from convert_llava_to_dpvr import convert
 from training.staged import IGNORED, LOSSES, StagedModel, collate_rows, predicts, split_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "side_branch_seeds.json"

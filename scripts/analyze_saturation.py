@@ -30,15 +30,14 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
-
-from saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
-from saturation_report import read_summary, write_report
-from saturation_rule import KL_THRESHOLD, AnalysisError, summarize
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import own_template
+from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
+from scripts.saturation_report import read_summary, write_report
+from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
 from training.data import read_rows as read_conversations
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}

@@ -20,16 +20,16 @@ import torch
 from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
-from train_tiny_llava import conversation, generate_answers
-from train_tiny_side_branch import accuracy
 
 from benchmarks.accounting import prefill_flops
 from benchmarks.caches import CACHE, make_cache, stored_bytes
 from convert_llava_to_dpvr import convert
 from read_weights import ConversionError
+from scripts.train_tiny_llava import conversation, generate_answers
+from scripts.train_tiny_side_branch import accuracy
 
 QUESTIONS_ABOUT_THE_PICTURE = 2  # of each kind
 

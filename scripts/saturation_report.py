@@ -20,12 +20,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import saturation_metrics
-import saturation_rule
 from PIL import Image
-from saturation_rule import AnalysisError
 
 from benchmarks.tables import markdown
+from scripts import saturation_metrics, saturation_rule
+from scripts.saturation_rule import AnalysisError
 
 INK, FAINT = "#222222", "#8a8a8a"
 # Okabe and Ito's colours, which people of every kind of colour vision tell apart; a dark page has lighter ones

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
-from train_tiny_llava import (
+
+from scripts.train_tiny_llava import (
     answer_logits,
     answer_mask,
     generate_answers,
@@ -38,7 +39,6 @@ from train_tiny_llava import (
     versions,
     wilson_interval,
 )
-
 from training.adapters import add_adapter, from_llava, processor_from_llava, save_adapter
 from training.trainer import count_trainable, trainable
 

@@ -22,15 +22,14 @@ from PIL import Image
 from tiny import IMAGE, NUM_LAYERS, TOKENS_PER_IMAGE, make_batch, make_dpvr, make_llava, text_config, vision_config
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig, Qwen2Config
 
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
-
-import analyze_saturation as analysis
-import saturation_metrics as metrics
-import saturation_report as report
-import saturation_rule as rule
+sys.path.insert(0, str(ROOT / "examples"))
 
 from convert_llava_to_dpvr import ConversionError, convert
 from convert_llava_to_dpvr import main as convert_main
+from scripts import analyze_saturation as analysis
+from scripts import saturation_metrics as metrics
+from scripts import saturation_report as report
+from scripts import saturation_rule as rule
 
 FUSION = NUM_LAYERS - 1
 BACKBONES = {"llama": text_config, "mistral": MistralConfig, "qwen2": Qwen2Config}

@@ -17,10 +17,11 @@ from transformers import AutoModel, AutoProcessor
 
 from convert_llava_to_dpvr import convert
 
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT / "examples"))
 
 import digits as task
-from train_tiny_llava import generate_answers
+
+from scripts.train_tiny_llava import generate_answers
 
 TASKS = ROOT / "examples" / "evaluation"
 SEED, PER_KIND, BATCH = 12345, 4, 8

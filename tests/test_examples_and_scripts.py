@@ -15,11 +15,12 @@ from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 from benchmarks.quality import MODELS
 from convert_llava_to_dpvr import convert
 
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT / "examples"))
 
 import digits as task
-import run_transformers_tests
-from train_tiny_llava import generate_answers
+
+from scripts import run_transformers_tests
+from scripts.train_tiny_llava import generate_answers
 
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())

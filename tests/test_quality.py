@@ -15,10 +15,11 @@ from benchmarks import quality
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
 from benchmarks.quality import Entry, Routing
 
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT / "examples"))
 
 import digits as task
-from train_tiny_llava import generate_answers
+
+from scripts.train_tiny_llava import generate_answers
 
 TINY = ROOT / "examples" / "tiny-llava"
 QUESTIONS = 4  # of each kind

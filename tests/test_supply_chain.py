@@ -11,10 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import checksums
-import lowest_versions
+from scripts import checksums, lowest_versions
 
 HUB_FILES = {"configuration_dpvr", "modeling_dpvr", "processing_dpvr"}
 PACKAGES = {"torch", "transformers"}

@@ -22,15 +22,15 @@ from tiny import make_llava
 from tiny_training import gradients, shared_model, staged, training_batch
 from transformers import AutoModel, AutoProcessor
 
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT / "examples"))
 
 import digits as task
-import train_side_branch
-from train_tiny_llava import answer_mask, conversation, generate_answers
 
 from benchmarks import side_branch_seeds
 from benchmarks import training as training_benchmark
 from convert_llava_to_dpvr import convert
+from scripts import train_side_branch
+from scripts.train_tiny_llava import answer_mask, conversation, generate_answers
 from training import features as feature_cache
 from training.adapters import load_adapter
 from training.data import BadRowError, BadRows, Collator, ConversationDataset, encode, read_conversation, read_rows
