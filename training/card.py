@@ -77,9 +77,10 @@ def make_card(
 
     Args:
         run: `training.json` of the run. Used where it has them: `base_model`, `base_type` (`"dpvr"` or `"llava"`),
-            `saturation_layer`, `num_side_layers`, `data`, `rows`, `bad_rows`, `loss`, `trains`,
-            `trainable_parameters`, `parameters`, `hyperparameters`, `training_seconds`, `versions`, `command`, `license`, `loss_curve`,
-            `eval_loss_curve` and `held_out` (`{model: {kind of question: {"questions", "accuracy", "wilson_95"}}}`).
+            `saturation_layer`, `num_side_layers`, `data`, `rows`, `bad_rows`, `loss`, `trains`, `parameters`,
+            `trainable_parameters`, `hyperparameters`, `training_seconds`, `versions`, `command`, `license`,
+            `loss_curve`, `eval_loss_curve` and `held_out` (`{model: {kind of question: {"questions", "accuracy",
+            "wilson_95"}}}`).
         name: Hub id, or folder.
         is_adapter: whether it is an adapter; a whole checkpoint otherwise.
         subfolder: of the repository, where the adapter lies.
