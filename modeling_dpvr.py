@@ -30,7 +30,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.llava.modeling_llava import (
@@ -272,8 +272,10 @@ def select_mask(mask: torch.Tensor, rows: torch.LongTensor, slots: torch.LongTen
     mask = mask.expand(len(rows), -1, -1, -1)
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     columns = (slots - 1).clamp(min=0)[:, None, None].expand(-1, *mask.shape[1:3], -1)
-    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.where((slots > 0)[:, None, None], mask.gather(3, columns), hidden)
+    is_visible, mask = (slots > 0)[:, None, None], mask.gather(3, columns)
+    return (
+        mask & is_visible if mask.dtype == torch.bool else mask.masked_fill(~is_visible, torch.finfo(mask.dtype).min)
+    )
 
 
 class SideBranch(nn.Module):
@@ -364,7 +366,7 @@ def can_read_last(layer: nn.Module, cache: Cache | None) -> bool:
     Not where something else runs the layer's `forward` (weights that come and go with it, gradient checkpointing), and
     not where a cache holds something other than the keys and values that it is given.
     """
-    is_wrapped = "forward" in layer.__dict__ or layer._forward_pre_hooks
+    is_wrapped = any("forward" in x.__dict__ or x._forward_pre_hooks for x in (layer, layer.self_attn))
     is_checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
     is_plain = cache is None or (
         type(cache.layers[layer.self_attn.layer_idx]) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
@@ -430,6 +432,11 @@ def route(
 def split_layers(decoder: nn.Module, config: DPVRConfig) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
     """Joint, text-only and fusion layers of the decoder."""
     saturation, fusion, layers = config.saturation_layer, config.first_fusion_layer, list(decoder.layers)
+    if len(layers) != config.text_config.num_hidden_layers:
+        raise ValueError(
+            f"text_config.num_hidden_layers={config.text_config.num_hidden_layers}, but the decoder has {len(layers)} "
+            "layers: which of them fuse is unknown. Load or make the model with that number."
+        )
     return layers[:saturation], layers[saturation:fusion], layers[fusion:]
 
 
@@ -533,11 +540,18 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         source = self.language_model.layers[self.config.saturation_layer]
         for layer in self.side_branch.layers:
             for name, weight in layer.named_parameters():
-                # Functions of `initialization` leave weights alone that came from a checkpoint
+                origin = source.get_parameter(name)
+                is_loaded = getattr(weight, "_is_hf_initialized", False)  # from a checkpoint, and is kept
                 if name.startswith(("self_attn.o_proj", "mlp.down_proj")):
                     initialization.zeros_(weight)
+                elif is_loaded or weight.is_meta or not origin.is_meta:
+                    initialization.copy_(weight, origin)
                 else:
-                    initialization.copy_(weight, source.get_parameter(name))
+                    raise ValueError(
+                        "The checkpoint lacks a layer of the side branch, which would start as a copy of the "
+                        f"decoder's layer {self.config.saturation_layer}, but that one is offloaded to disk. Keep it "
+                        "on a device (device_map), or convert the checkpoint first."
+                    )
 
     @can_return_tuple
     @warn_of_the_old_name
@@ -549,11 +563,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -582,9 +596,15 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, is_continued
         )
 
-        if use_cache is None:
-            is_checkpointing = self.training and any(x.gradient_checkpointing for x in self.language_model.layers)
-            use_cache = self.config.text_config.use_cache and not is_checkpointing
+        if self.drops_caches():
+            if is_continued:
+                raise ValueError(
+                    f"The cache holds {num_seen} tokens, but layers with gradient checkpointing drop it. Go on in "
+                    "eval mode, or without gradient checkpointing."
+                )
+            use_cache, cache = False, None
+        elif use_cache is None:
+            use_cache = self.config.text_config.use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.text_config)
         outputs = self.decode(
@@ -592,6 +612,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         )
         images = {IMAGES: image_features if IMAGES == "image_hidden_states" else image_outputs}
         return LlavaModelOutputWithPast(**outputs, **images)
+
+    def drops_caches(self) -> bool:
+        """Whether the layers drop any cache, because backward would run them, and fill it, once more."""
+        is_checkpointing = self.training and any(x.gradient_checkpointing for x in self.language_model.layers)
+        # Until transformers 5.23 without gradients too
+        return is_checkpointing and (torch.is_grad_enabled() or CACHE == "past_key_values")
 
     @torch.compiler.disable
     def encode_images(
@@ -612,10 +638,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                     "Pass pixel_values or mm_encoder_outputs['image'], not both: they are the same images."
                 )
             num_channels = getattr(self.config.vision_config, "num_channels", None)
+            has_size = hasattr(self.config.vision_config, "image_size")  # else patches come one by one, or in any form
             is_shaped = (
                 pixel_values.ndim == 4 and 0 not in pixel_values.shape and pixel_values.shape[1] == num_channels
             )
-            if num_channels is not None and not is_shaped:
+            if has_size and num_channels is not None and not is_shaped:
                 raise ValueError(
                     f"pixel_values has shape {tuple(pixel_values.shape)}; the vision tower takes (number of images, "
                     f"{num_channels}, height, width). Leave pixel_values out where there is no image."
@@ -686,6 +713,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The decoder on embeddings `(B, T, D)`: finds the streams, routes them, gives outputs their usual shapes."""
+        if False in (kwargs.get("is_causal"), getattr(self.language_model.config, "is_causal", None)):
+            raise ValueError("is_causal=False: tokens that see later ones are not routed. Leave it out.")
         wanted = kwargs.get("output_hidden_states")
         if wanted:
             kwargs["output_hidden_states"] = True  # of all layers, until the states of text-only layers are expanded
@@ -814,6 +843,13 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             mask = select_mask(mask, stream.columns, slots)
         elif is_ragged or mask is not None:  # else the backend needs no mask for the stream either
+            attention = self.language_model.config._attn_implementation
+            if attention not in ALL_MASK_ATTENTION_FUNCTIONS:
+                raise ValueError(
+                    f"attn_implementation={attention!r} has no function that makes its masks, and rows that hold "
+                    "different numbers of tokens of a kind need one. Register it: "
+                    "transformers.AttentionMaskInterface.register."
+                )
             is_visible = slots > 0
             if call.padding_mask is not None:
                 is_visible = is_visible & call.padding_mask.gather(1, (slots - 1).clamp(min=0)).bool()
@@ -878,6 +914,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         is_packed: bool,
     ) -> None:
         """Refuses what would be computed wrongly without a word."""
+        if not (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
+            raise ValueError(
+                f"attention_mask is a {type(attention_mask).__name__}, of which streams cannot take a part. Pass a "
+                "tensor, 2D or 4D."
+            )
         num_masked = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else None
         if num_masked is not None and isinstance(num_seen, int) and num_masked < num_seen + length:
             raise ValueError(
@@ -936,14 +977,14 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
@@ -1116,6 +1157,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         return nn.functional.pad(attention_mask, (0, kwargs[CACHE].get_max_length(0) - attention_mask.shape[1]))
 
 
+DPVRModel.register_for_auto_class("AutoModel")
 DPVRForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["DPVRForConditionalGeneration", "DPVRModel", "DPVRPreTrainedModel"]

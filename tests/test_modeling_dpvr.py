@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import os
 import sys
 import warnings
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from tiny import (
     FIRST_TEXT,
     IMAGE,
+    LLAVA_FIELDS,
     NUM_LAYERS,
     TOKENS_PER_IMAGE,
     DPVRConfig,
@@ -29,17 +31,24 @@ from tiny import (
     text_config,
 )
 from transformers import (
+    AttentionInterface,
+    AutoModel,
     DynamicCache,
     GenerationConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
+    Siglip2VisionConfig,
     StaticCache,
 )
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from benchmarks.caches import CACHE
 
 TOLERANCE = 1e-4
 RAGGED = ["ttItt", "tttt", "ItIt", "I", "ttI", "t"]
@@ -570,6 +579,105 @@ def test_what_the_vision_tower_takes_and_gives_is_passed_on_as_by_llava():
     for name in ("hidden_states", "attentions"):
         mine, other = getattr(ours.image_outputs, name), getattr(theirs.image_outputs, name)
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def test_a_vision_tower_that_takes_patches_gets_them_as_by_llava():
+    tower = Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=4, num_patches=16
+    )
+    fields = {**LLAVA_FIELDS, "vision_feature_select_strategy": "full"}
+    llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text_config(), **fields)).eval()
+    config = DPVRConfig(vision_config=tower, text_config=text_config(), **fields, saturation_layer=NUM_LAYERS - 1)
+    dpvr = DPVRForConditionalGeneration(config).eval()
+    dpvr.load_state_dict(llava.state_dict(), strict=False)
+    inputs = {
+        "input_ids": torch.tensor([[7, *[IMAGE] * 4, 9]]),
+        "pixel_values": torch.randn(1, 4, 48),
+        "pixel_attention_mask": torch.ones(1, 4).long(),
+        "spatial_shapes": torch.tensor([[2, 2]]),
+    }
+    torch.testing.assert_close(dpvr(**inputs).logits, llava(**inputs).logits, atol=TOLERANCE, rtol=0)
+
+
+def test_arguments_by_position_are_llavas(model):
+    def names(of):
+        known = {"past_key_values": "cache"}
+        return [known.get(name, name) for name in list(inspect.signature(of.forward).parameters)[1:]]
+
+    llava = make_llava()
+    for ours, theirs in ((model, llava), (model.model, llava.model)):
+        shared = [name for name in names(type(theirs)) if name != "kwargs"]
+        assert names(type(ours))[: len(shared)] == shared
+
+
+def test_what_makes_tokens_see_later_ones_is_refused(model):
+    batch = make_batch(["ttIt", "tt"])
+    with pytest.raises(ValueError, match="is_causal=False"):
+        model(**batch, is_causal=False)
+    changed = make_dpvr()
+    changed.config.text_config.is_causal = False
+    with pytest.raises(ValueError, match="is_causal=False"):
+        changed(**batch)
+    model(**batch, is_causal=True)
+    with pytest.raises(ValueError, match="attention_mask is a str"):
+        model(**{**batch, "attention_mask": "mask"})
+
+
+def test_an_attention_that_makes_no_masks_is_refused_where_streams_need_one():
+    model = make_dpvr()
+    rows = make_batch(["ttItttt", "tttttttttt"])
+    assert rows.pop("attention_mask").all()
+    even = make_batch(["ttIt", "tItt"])
+    expected = model(**even).logits
+    AttentionInterface.register("no_masks", sdpa_attention_forward)
+    try:
+        model.set_attn_implementation("no_masks")
+        torch.testing.assert_close(model(**even).logits, expected)
+        with pytest.raises(ValueError, match="attn_implementation='no_masks' has no function that makes its masks"):
+            model(**rows)
+    finally:
+        del AttentionInterface._global_mapping["no_masks"]
+
+
+def test_another_number_of_layers_than_the_decoder_has_is_refused():
+    model = make_dpvr()
+    model.config.text_config.num_hidden_layers = 4
+    with pytest.raises(ValueError, match="num_hidden_layers=4, but the decoder has 6 layers"):
+        model(**make_batch(["ttIt"]))
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_hook_before_the_attention_of_the_last_layer_changes_what_it_changes_for_all_tokens(routed):
+    model, batch = make_dpvr(saturation_layer=2 if routed else NUM_LAYERS - 1), make_batch(["ttIt", "tt"])
+
+    def hook(module, args, kwargs):
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * 1.5}
+
+    plain = model(**batch).logits[:, -1:]
+    handle = model.model.language_model.layers[-1].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    expected = model(**batch).logits[:, -1:]
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, expected, atol=TOLERANCE, rtol=0)
+    handle.remove()
+
+
+def test_a_prefill_is_traced_with_a_mask_of_4d(model):
+    batch = make_batch(["ttIt", "tItt"])
+    seen = torch.ones(7, 7).tril().bool()[None, None].expand(2, -1, -1, -1)
+
+    class Prefill(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask, kinds, pixels):
+            return self.model(ids, pixels, mask, mm_token_type_ids=kinds, use_cache=False).logits
+
+    inputs = (batch["input_ids"], seen, batch["mm_token_type_ids"], batch["pixel_values"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Prefill(), inputs, check_trace=False)
+    torch.testing.assert_close(traced(*inputs), model(**batch).logits, atol=TOLERANCE, rtol=0)
 
 
 def test_an_attention_mask_that_misses_the_cache_is_refused(model):
@@ -1190,6 +1298,29 @@ def test_push_to_hub_uploads_weights_config_and_code(monkeypatch):
     assert {"config.json", "model.safetensors", "configuration_dpvr.py", "modeling_dpvr.py"} <= set(uploaded)
 
 
+def test_the_model_without_its_head_is_saved_and_loaded_by_auto_model(tmp_path, model):
+    model.model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__name__ == "DPVRModel"
+    batch = make_batch(["ttIt", "tt"])
+    expected = model.model(**batch).last_hidden_state
+    torch.testing.assert_close(loaded(**batch).last_hidden_state, expected)
+    model.save_pretrained(tmp_path / "whole")
+    assert type(AutoModel.from_pretrained(tmp_path / "whole", trust_remote_code=True)).__name__ == type(model).__name__
+
+
+def test_a_side_branch_that_lacks_says_so_where_its_origin_is_offloaded(tmp_path):
+    make_dpvr().save_pretrained(tmp_path / "one")
+    inside = "model.language_model."
+    parts = ["lm_head", "model.vision_tower", "model.multi_modal_projector", "model.side_branch"]
+    device_map = dict.fromkeys(parts + [inside + name for name in ("embed_tokens", "norm", "rotary_emb")], "cpu")
+    device_map |= {f"{inside}layers.{i}": "disk" if i == 2 else "cpu" for i in range(NUM_LAYERS)}
+    options = {"device_map": device_map, "offload_folder": str(tmp_path / "disk")}
+    DPVRForConditionalGeneration.from_pretrained(tmp_path / "one", **options)
+    with pytest.raises(ValueError, match="lacks a layer of the side branch.* layer 2, but that one is offloaded"):
+        DPVRForConditionalGeneration.from_pretrained(tmp_path / "one", num_side_layers=2, **options)
+
+
 def test_a_llava_checkpoint_loads_and_its_missing_side_branch_starts_as_the_identity(tmp_path):
     llava = make_llava()
     llava.save_pretrained(tmp_path)
@@ -1277,6 +1408,26 @@ def test_train_with_a_frozen_backbone_needs_no_graph_before_the_side_branch():
     assert needs_grad == {0: False, 1: False, 2: False, 3: False, 4: False, 5: True}
     assert all(weight.grad is not None for weight in model.model.side_branch.parameters())
     assert all(weight.grad is None for name, weight in model.named_parameters() if "side_branch" not in name)
+
+
+def test_train_with_gradient_checkpointing_keeps_no_cache_and_loses_none():
+    batch, model = make_batch(["ttIt", "tt"]), make_dpvr().train()
+    expected = model(**batch).logits
+    model.gradient_checkpointing_enable()
+    cache = DynamicCache(config=model.config.text_config)
+    for _ in range(2):  # what the layers drop is not half filled by the first call
+        outputs = model(**batch, past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(outputs.logits, expected)
+        assert getattr(outputs, CACHE) is None
+    with torch.no_grad():
+        filled = getattr(model.eval()(**batch), CACHE)
+    step = {"input_ids": torch.full((2, 1), 9), "past_key_values": filled}
+    with pytest.raises(ValueError, match="layers with gradient checkpointing drop it"):
+        model.train()(**step)
+    if CACHE == "cache":  # before, transformers' layers drop caches without gradients too
+        with torch.no_grad():
+            assert getattr(model(**batch), CACHE).get_seq_length() == batch["input_ids"].shape[1]
+            model(**step)
 
 
 def test_train_with_gradient_checkpointing_gives_the_same_gradients():
