@@ -844,7 +844,9 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             mask = select_mask(mask, stream.columns, slots)
         elif is_ragged or mask is not None:  # else the backend needs no mask for the stream either
             attention = self.language_model.config._attn_implementation
-            if attention not in ALL_MASK_ATTENTION_FUNCTIONS:
+            if (
+                attention not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+            ):  # as transformers looks, which says nothing
                 raise ValueError(
                     f"attn_implementation={attention!r} has no function that makes its masks, and rows that hold "
                     "different numbers of tokens of a kind need one. Register it: "

@@ -140,13 +140,14 @@ class AttentionRecorder:
     def __enter__(self) -> "AttentionRecorder":
         name = f"measured_{self.base}"
         ALL_ATTENTION_FUNCTIONS[name] = self.attend
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS[self.base]
+        # By `register`, for transformers looks for no other
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self.base])
         self.stack.config._attn_implementation = name
         return self
 
     def __exit__(self, *_) -> None:
         name, self.stack.config._attn_implementation = self.stack.config._attn_implementation, self.base
-        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]  # which would keep the model in memory
+        del ALL_ATTENTION_FUNCTIONS[name]  # which would keep the model in memory
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **kwargs):
         """An attention function of transformers, which also records."""
