@@ -27,7 +27,9 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -67,6 +69,11 @@ MODELS = ("tiny-llava", "tiny-llava-12")
 SETTINGS = ("questions", "steps", "batch_size", "learning_rate", "pool", "loss")
 TRAININGS = ("untrained", "trained", "trained with fusion")
 LORA = "trained with LoRA"
+SEEN = {  # in the side branch, by the places of the token that looks and of the one that is looked at
+    "earlier vision tokens": torch.ge,
+    "all vision tokens": lambda rows, columns: rows == rows,
+    "itself alone": torch.eq,
+}
 FASTV_RATIOS = (0.25, 0.5, 0.75, 0.9)
 PYRAMID_SHARES = (0.5, 0.25)
 VISION_HEAVY = ("count", "describe")
@@ -84,12 +91,14 @@ class Routing:
         training: `"untrained"`, `"trained"` for the side branch alone, `"trained with fusion"` for the fusion layers
             too, or `"trained with LoRA"` for LoRA on these instead, which an adapter can hold.
         num_side_layers: none tells what the side branch has to do with it.
+        sees: what a vision token attends to in the side branch, a name of `SEEN`.
     """
 
     saturation_layer: int
     training: str
     num_side_layers: int = 1
     num_fusion_layers: int = 1
+    sees: str = "earlier vision tokens"
 
 
 def name_of(routing: Routing) -> str:
@@ -98,6 +107,8 @@ def name_of(routing: Routing) -> str:
         name += f"/{routing.num_side_layers or 'no'} side layers"
     if routing.num_fusion_layers > 1:
         name += f"/{routing.num_fusion_layers} fusion layers"
+    if routing.sees != Routing.sees:
+        name += f"/side branch sees {routing.sees}"
     return name
 
 
@@ -125,6 +136,9 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
         routings += [Routing(layer, training, num_fusion_layers=2) for training in TRAININGS[1:]]
         routings.append(Routing(layer, LORA))
         routings.append(Routing(layer, "trained", num_side_layers=2))
+    # Where a trained side branch, alone or with the fusion layer, adds most to what is there without it
+    for layer, training in [*((layer, "trained") for layer in fractions(num_layers, 1 / 4, 3 / 8)), (1, TRAININGS[2])]:
+        routings += [Routing(layer, training, sees=seen) for seen in SEEN if seen != Routing.sees]
     return found | {name_of(routing): routing for routing in routings}
 
 
@@ -300,10 +314,21 @@ def load_routed(llava_folder: Path, routing: Routing, folder: Path, loss: str = 
     )
     model = AutoModel.from_pretrained(path, trust_remote_code=True).requires_grad_(False)
     shutil.rmtree(path)
+    if routing.sees != Routing.sees:
+        model.model.side_branch.register_forward_pre_hook(partial(set_mask, SEEN[routing.sees]))
     if routing.training == LORA:
         return StagedModel(add_adapter(model, "fusion"), loss)
     model.model.side_branch.requires_grad_(True)
     return StagedModel(model, loss)
+
+
+def set_mask(sees: Callable, branch: torch.nn.Module, arguments: tuple) -> tuple:
+    """A hook before the side branch: its tokens attend to those of their row that `sees` says, padding to itself."""
+    states, plan = arguments
+    place = torch.arange(states.shape[1])
+    is_token = plan.stream.valid
+    visible = sees(place[:, None], place) & is_token[:, None] | torch.eye(len(place), dtype=torch.bool)
+    return states, replace(plan, mask=visible[:, None])
 
 
 def reset_lora(staged: StagedModel, seed: int) -> None:
@@ -386,6 +411,7 @@ def measure(name: str, args, record: dict) -> None:
                 method.num_side_layers,
                 method.num_fusion_layers,
                 method.training == LORA,
+                method.sees,
                 method.saturation_layer,
             )
             groups.setdefault(geometry, []).append(method)
@@ -522,11 +548,31 @@ def variants(record: dict) -> str:
             continue
         costs = [f"{100 * cost:.0f}" for cost in (entry.flops, entry.kv_bytes)]
         what = entry.name.split("/", 2)[2].replace("/", ", ")
+        if "side branch sees" in what:  # has a table of its own
+            continue
         rows.append(
             [entry.model, layer, what, *costs, *(percent(entry.accuracy[kind]) for kind in (*VISION_HEAVY, "all"))]
         )
     rows.sort(key=lambda row: (row[0], int(row[1])))
     return markdown(["LLaVA", "S", "DPVR", "FLOPs %", "KV %", *VISION_HEAVY, "all kinds"], rows)
+
+
+def by_attention(record: dict) -> str:
+    """What a vision token attends to in the side branch, where what is trained there adds most."""
+    entries = {(entry.model, entry.name): entry for entry in summarize(record)}
+    rows = []
+    for model in record["models"]:
+        config = AutoConfig.from_pretrained(ROOT / "examples" / model)
+        for routing in methods(config.text_config.num_hidden_layers).values():
+            if not isinstance(routing, Routing) or routing.sees == Routing.sees:
+                continue
+            for sees in (Routing.sees, routing.sees):
+                entry = entries.get((model, name_of(replace(routing, sees=sees))))
+                if entry is not None:
+                    accuracy = [percent(entry.accuracy[kind]) for kind in (*VISION_HEAVY, "all")]
+                    rows.append([model, str(routing.saturation_layer), routing.training, sees, *accuracy])
+    rows = [list(row) for row in dict.fromkeys(map(tuple, rows))]
+    return markdown(["LLaVA", "S", "DPVR", "a vision token sees", *VISION_HEAVY, "all kinds"], rows)
 
 
 def verdict(entries: list[Entry]) -> str:

@@ -75,6 +75,34 @@ def test_so_it_does_for_dpvr(processor, prepared, tmp_path):
     assert 0 < np.mean(list(generated.values())) < 1
 
 
+def test_in_the_side_branch_a_vision_token_sees_what_the_variant_says(prepared, tmp_path):
+    def side_states(sees):
+        staged = quality.load_routed(TINY, Routing(3, "untrained", sees=sees), tmp_path)
+        branch = staged.core.side_branch
+        for weight in branch.parameters():  # no identity
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        _, vision, _ = staged.plan_vision(features)
+        return [branch(states, vision) for states in (states, changed)]
+
+    batch = prepared[0]
+    features = quality.routed_features(quality.load_routed(TINY, Routing(3, "untrained"), tmp_path), batch)
+    states = torch.randn(len(batch.labels), 36, features.hidden_states.shape[-1])
+    changed = states.clone()
+    changed[:, 7] += 1
+    unmasked = {"earlier vision tokens": slice(7, None), "all vision tokens": slice(None), "itself alone": slice(7, 8)}
+    assert unmasked.keys() == quality.SEEN.keys()
+    for sees, columns in unmasked.items():
+        before, after = side_states(sees)
+        changes = (before != after).any(-1)
+        assert changes[:, columns].all()
+        assert changes.sum() == changes[:, columns].numel()
+    staged = quality.load_routed(TINY, Routing(3, "untrained"), tmp_path)
+    _, vision, _ = staged.plan_vision(features)
+    _, masked = quality.set_mask(quality.SEEN[Routing.sees], staged.core.side_branch, (states, vision))
+    run = staged.core.side_branch
+    torch.testing.assert_close(run(states, masked), run(states, vision))
+
+
 @pytest.mark.parametrize("name", WEAK)
 @torch.no_grad()
 def test_going_on_from_the_dense_models_states_changes_nothing(name, pruned, processor, prepared):
