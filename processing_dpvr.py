@@ -286,8 +286,8 @@ class DPVRProcessor(LlavaProcessor):
     """
 
     return_mm_token_type_ids = True
-    # As many as Pillow opens without a warning (it opens none of twice as many). An image may have no more, nor may it
-    # grow to more where it is padded or resized.
+    # As many as Pillow opens without a warning (it opens none of more than twice as many). An image may have no more,
+    # nor may it grow to more where it is padded or resized.
     max_image_pixels = 89_478_485
 
     def __init__(

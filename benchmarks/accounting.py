@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--saturation-layer", type=int, help="default: the checkpoint's, or the converter's for a LLaVA"
     )
     parser.add_argument("--vision-tokens", type=int, help="default: one image")
-    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--text-tokens", type=int, default=64, help="of the prompt (default: %(default)s)")
     args = parser.parse_args(arguments)
     try:
         config = _load_config(args.checkpoint, args.saturation_layer)

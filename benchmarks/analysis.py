@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=32, help="of the decoder (default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=4096, help="a multiple of 128 (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder with room for the checkpoint (default: a temporary one)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "analysis.json")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "analysis.json", help="default: %(default)s"
+    )
     args = parser.parse_args()
     if args.work:
         args.work.mkdir(parents=True, exist_ok=True)

@@ -152,9 +152,11 @@ def main() -> int:
     parser.add_argument(
         "--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="GB", help="of 0.1, 1, 4, 14"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of each size (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder for the checkpoints (default: a temporary one)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion.json")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion.json", help="default: %(default)s"
+    )
     parser.add_argument("--convert", nargs=2, metavar=("SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     parser.add_argument("--link", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

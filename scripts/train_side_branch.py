@@ -96,7 +96,9 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--base", help="name of the base model in the adapter (default: MODEL)")
     options, rest = parser.parse_known_args(arguments)
     trainer_parser = HfArgumentParser(TrainingArguments, prog=parser.prog, add_help=False)
-    trainer_parser.set_defaults(**DEFAULTS, report_to="tensorboard" if is_installed("tensorboard") else "none")
+    trainer_parser.set_defaults(
+        **DEFAULTS, report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    )
     if options.eval_data or options.eval_rows:
         rest = ["--eval_strategy", "steps", *rest]  # the last one given counts
     rest += ["--output_dir", str(options.output), "--remove_unused_columns", "False", "--label_names", "labels"]
@@ -117,10 +119,6 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     if training_arguments.fp16 and training_arguments.device.type == "cpu":
         parser.error("--fp16 needs a GPU: pass --bf16, or neither")
     return options, training_arguments
-
-
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def load(options: argparse.Namespace, arguments: TrainingArguments):
@@ -278,7 +276,7 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
         save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
         is_written = has_own_card(options.output)
         (options.output / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        has_plot = is_installed("matplotlib") and plot_losses(record, options.output / PLOT_FILE)
+        has_plot = plot_losses(record, options.output / PLOT_FILE)
         if is_written:
             print(f"{options.output / CARD_FILE} was not written by a training and stays as it is", flush=True)
         else:

@@ -2,6 +2,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Model cards of trained side branches, from the `training.json` of the run; what that does not state, they do not."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -176,9 +177,9 @@ def _share(cell: dict) -> str:
 
 
 def plot_losses(run: dict, path: Path) -> bool:
-    """Draws the loss curves of a run into `path`, a PNG; False if it has none."""
+    """Draws the loss curves of a run into `path`, a PNG; False if it has none, or matplotlib is not installed."""
     curves = {"training": run.get("loss_curve"), "held out": run.get("eval_loss_curve")}
-    if not any(curves.values()):
+    if not any(curves.values()) or importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
 
