@@ -33,7 +33,7 @@ PAIRS = {
 EXAMPLES = """\
 examples:
   git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers
-  pip install parameterized requests pytest-rerunfailures
+  pip install parameterized requests httpx pytest-rerunfailures
   python scripts/run_transformers_tests.py transformers
   RUN_SLOW=1 python scripts/run_transformers_tests.py transformers -k export
 """
