@@ -55,13 +55,14 @@ def make_checkpoint(output: Path) -> None:
     if not output.is_dir() or not any(output.iterdir()):
         print(make(output), end="\n\n")
         return
-    with tempfile.TemporaryDirectory(prefix=".dpvr-demo-", dir=output.absolute().parent) as folder:
+    target = output.resolve()  # of a link, what it leads to
+    with tempfile.TemporaryDirectory(prefix=".dpvr-demo-", dir=target.parent) as folder:
         made = Path(folder, "dpvr")
         summary = make(made)
         if not is_like(output, made):
             raise ConversionError(f"{output} is not what this demo makes, and stays; give another --output.")
-        output.rename(Path(folder, "old"))
-        made.rename(output)
+        target.rename(Path(folder, "old"))
+        made.rename(target)
     print(replace(summary, output=output), end="\n\n")
 
 

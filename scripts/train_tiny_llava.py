@@ -567,6 +567,14 @@ def replace_directory(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def read_record(directory: Path) -> dict:
+    """The training.json of a directory, empty if it has none."""
+    try:
+        return dict(json.loads((directory / "training.json").read_text()))
+    except (OSError, TypeError, ValueError):
+        return {}
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -603,8 +611,8 @@ def parse_args() -> argparse.Namespace:
     if args.tower is not None and not (args.tower / "training.json").exists():
         parser.error(f"--tower {args.tower} holds no training.json: not a directory of this script")
     # the directory is replaced as a whole: one that this script did not write must not be lost
-    if args.output.exists() and not (args.output / "training.json").exists():
-        parser.error(f"--output {args.output} exists and holds no training.json: not a directory of this script")
+    if args.output.exists() and "tower_steps" not in read_record(args.output):
+        parser.error(f"--output {args.output} exists and holds no training.json of this script")
     return args
 
 

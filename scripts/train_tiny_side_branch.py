@@ -34,6 +34,7 @@ from scripts.train_tiny_llava import (
     answer_mask,
     generate_answers,
     learning_rate,
+    read_record,
     replace_directory,
     sample_batch,
     versions,
@@ -109,9 +110,8 @@ def parse_args() -> argparse.Namespace:
     if args.questions < 1:
         parser.error(f"--questions must be at least 1, got {args.questions}")
     # The directory is replaced as a whole: one that this script did not write must not be lost
-    is_own = all((args.output / name).is_file() for name in ("training.json", "adapter_config.json"))
-    if args.output.exists() and not is_own:
-        parser.error(f"--output {args.output} exists and holds no adapter of this script")
+    if args.output.exists() and Path(__file__).name not in str(read_record(args.output).get("command")):
+        parser.error(f"--output {args.output} exists and holds no training.json of this script")
     return args
 
 

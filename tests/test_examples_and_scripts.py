@@ -141,14 +141,16 @@ def test_the_demo_deletes_nothing_of_others(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "file", "noted"]
 
 
-def test_a_side_branch_is_not_trained_into_a_folder_of_something_else(tmp_path):
+def test_embedded_models_are_not_trained_into_a_folder_of_something_else(tmp_path):
     (tmp_path / "chapter1.txt").write_text("mine")
-    script = ROOT / "scripts" / "train_tiny_side_branch.py"
-    result = subprocess.run(
-        [sys.executable, script, "--output", tmp_path], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert "exists and holds no adapter of this script" in result.stderr
+    (tmp_path / "training.json").write_text('{"base_model": "of another script"}')
+    for name in ("train_tiny_side_branch.py", "train_tiny_llava.py"):
+        script = ROOT / "scripts" / name
+        result = subprocess.run(
+            [sys.executable, script, "--output", tmp_path], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2
+        assert "exists and holds no training.json of this script" in result.stderr
     assert (tmp_path / "chapter1.txt").read_text() == "mine"
 
 
