@@ -82,6 +82,7 @@ class SideBranchTrainer(Trainer):
 
     facts: dict[str, str]
     seconds = 0.0
+    sampler: GroupedByLength | None = None
 
     def __init__(self, *args, facts: dict[str, str], **kwargs):
         super().__init__(*args, **kwargs)
@@ -97,7 +98,15 @@ class SideBranchTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedByLength(batch_size, dataset.lengths(), seed)
+        self.sampler = GroupedByLength(batch_size, dataset.lengths(), seed)
+        return self.sampler
+
+    def get_train_dataloader(self):
+        """As the Trainer does. Accelerate tells a sampler the epoch, in several processes, if it was given it so."""
+        loader = super().get_train_dataloader()
+        if self.sampler is not None and hasattr(loader, "set_sampler"):
+            loader.set_sampler(self.sampler)
+        return loader
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """As the Trainer does.
