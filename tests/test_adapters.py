@@ -172,6 +172,14 @@ def test_what_cannot_hold_a_side_branch_is_refused():
         add_adapter(make_base(), lora)
 
 
+def test_an_adapter_of_the_embeddings_that_peft_saved_loads(tmp_path):
+    model = add_adapter(make_base(), LoraConfig(r=2, target_modules=["embed_tokens"]))
+    expected = train(model, 0)
+    model.save_pretrained(tmp_path)  # which writes the embeddings along
+    assert any(".base_layer." in key for key in stored(tmp_path)[0])
+    torch.testing.assert_close(logits(load_adapter(make_base(), tmp_path)), expected)
+
+
 def test_full_copies_of_different_layers_are_refused_on_one_base_and_the_first_stays(tmp_path):
     for kind in ("side branch", "whole fusion"):
         model = add_adapter(make_base(), **KINDS[kind])

@@ -458,6 +458,7 @@ def _set_weights(model: PeftModel, weights: dict[str, torch.Tensor], name: str, 
             f"{path}: {offloaded[0]} belongs to a layer that is offloaded. Load the base with that layer on a device."
         )
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {key: weight for key, weight in weights.items() if ".base_layer." not in key}  # PEFT saves embeddings so
     # Before any is set: PEFT, as it takes an adapter off, leaves the full copies that it kept
     if unknown := weights.keys() - wanted.keys():
         raise AdapterError(f"{path}: the model has no place for {', '.join(sorted(unknown))}.")
