@@ -516,7 +516,9 @@ class DPVRPreTrainedModel(LlavaPreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code files and the entries of every auto class are written along."""
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        self.config.auto_map = dict(AUTO_MAP)  # where the model without its head is saved, transformers changes it
+        return saved
 
 
 class DPVRModel(DPVRPreTrainedModel, LlavaModel):
@@ -597,10 +599,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         )
 
         if self.drops_caches():
-            if is_continued:
+            length = inputs_embeds.shape[1]
+            num_masked = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else length
+            if (is_continued and int(num_seen) > 0) or num_masked > length:
                 raise ValueError(
-                    f"The cache holds {num_seen} tokens, but layers with gradient checkpointing drop it. Go on in "
-                    "eval mode, or without gradient checkpointing."
+                    f"This call goes on from tokens in a cache ({int(num_seen)} there, {num_masked} in the mask), but "
+                    "layers with gradient checkpointing drop caches. Go on in eval mode, or without checkpointing."
                 )
             use_cache, cache = False, None
         elif use_cache is None:

@@ -1306,6 +1306,8 @@ def test_the_model_without_its_head_is_saved_and_loaded_by_auto_model(tmp_path, 
     batch = make_batch(["ttIt", "tt"])
     expected = model.model(**batch).last_hidden_state
     torch.testing.assert_close(loaded(**batch).last_hidden_state, expected)
+    model.config.save_pretrained(tmp_path / "config")
+    assert "modeling_dpvr.DPVRModel" not in (tmp_path / "config" / "config.json").read_text()
     model.save_pretrained(tmp_path / "whole")
     assert type(AutoModel.from_pretrained(tmp_path / "whole", trust_remote_code=True)).__name__ == type(model).__name__
 
@@ -1423,8 +1425,16 @@ def test_train_with_gradient_checkpointing_keeps_no_cache_and_loses_none():
     with torch.no_grad():
         filled = getattr(model.eval()(**batch), CACHE)
     step = {"input_ids": torch.full((2, 1), 9), "past_key_values": filled}
-    with pytest.raises(ValueError, match="layers with gradient checkpointing drop it"):
+    with pytest.raises(ValueError, match="layers with gradient checkpointing drop caches"):
         model.train()(**step)
+    wide = torch.ones(2, batch["input_ids"].shape[1] + 1).long()
+    with pytest.raises(ValueError, match="goes on from tokens in a cache"):  # that the layers have dropped
+        model(input_ids=step["input_ids"], attention_mask=wide)
+    static = StaticCache(config=model.config.text_config, max_cache_len=20)
+    with torch.no_grad():
+        model.eval()(**batch, past_key_values=static)
+    static.reset()
+    torch.testing.assert_close(model.train()(**batch, past_key_values=static).logits, expected)
     if CACHE == "cache":  # before, transformers' layers drop caches without gradients too
         with torch.no_grad():
             assert getattr(model(**batch), CACHE).get_seq_length() == batch["input_ids"].shape[1]
