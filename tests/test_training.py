@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import make_llava
 from tiny_training import gradients, shared_model, staged, training_batch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, Trainer
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -32,10 +32,10 @@ from convert_llava_to_dpvr import convert
 from scripts import train_side_branch
 from scripts.train_tiny_llava import answer_mask, conversation, generate_answers
 from training import features as feature_cache
-from training.adapters import load_adapter
+from training.adapters import from_llava, load_adapter, processor_from_llava
 from training.data import BadRowError, BadRows, Collator, ConversationDataset, encode, read_conversation, read_rows
 from training.staged import IGNORED, StagedModel, collate_rows, predicts, split_rows
-from training.trainer import TRAINED_WEIGHTS, last_checkpoint
+from training.trainer import TRAINED_WEIGHTS, GroupedByLength, SideBranchTrainer, last_checkpoint
 
 
 def assert_same(actual, expected, tolerance=1e-6):
@@ -332,8 +332,8 @@ BAD = {
 def test_bad_rows_are_listed_with_their_reasons_and_good_ones_stand_in(pictures, processor, tmp_path):
     (pictures / "broken.png").write_bytes((pictures / "1.png").read_bytes()[:200])
     rows = [*BAD.values(), *json.loads((pictures / "good.json").read_text())]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = open_data(tmp_path / "rows.jsonl", pictures, processor, tmp_path / "bad.jsonl")
+    (tmp_path / "rows.ndjson").write_text("\n".join(map(json.dumps, rows)))
+    data = open_data(tmp_path / "rows.ndjson", pictures, processor, tmp_path / "bad.jsonl")
     loaded = [data[index] for index in range(len(data))]
     for _ in range(2):  # a second epoch reports nothing twice
         assert [data[index]["input_ids"].tolist() for index in range(len(data))] == [
@@ -491,6 +491,22 @@ def test_features_of_something_else_are_refused_with_both_values(cached):
         feature_cache.cache_features(folder, model, data)
 
 
+def test_features_of_a_llava_as_it_is_are_those_of_its_dpvr(cached, pictures, tmp_path):
+    model, data, folder = cached
+    llava = ROOT / "examples" / "tiny-llava"
+    layer = model.config.saturation_layer
+    same = StagedModel(from_llava(llava, saturation_layer=layer, dtype=torch.float32), model.loss)
+    rows = open_data(pictures / "good.json", pictures, processor_from_llava(llava), tmp_path / "bad too.jsonl")
+    prints = [feature_cache.fingerprint(*each, torch.float32) for each in ((model, data), (same, rows))]
+    assert prints[0] == prints[1]
+    feature_cache.cache_features(folder, model, data)
+    index = json.loads((folder / "index.json").read_text())
+    del index["fingerprint"]["config"]
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(feature_cache.CacheError, match="earlier version, which did not note their config"):
+        feature_cache.cache_features(folder, model, data)
+
+
 def test_a_full_disk_leaves_no_half_shard_and_the_next_run_goes_on(cached, monkeypatch):
     model, data, folder = cached
     synced, calls = os.fsync, []
@@ -633,6 +649,35 @@ def test_rows_grouped_by_length_come_in_the_same_order_when_a_run_goes_on(embedd
     shutil.copytree(whole / "checkpoint-7", resumed / "checkpoint-7")
     assert train_side_branch.main(train(embedded, pictures, resumed, *options, "--resume")) == 0
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_so_they_do_in_several_processes(num_processes):
+    """As the Trainer and accelerate go on in the middle of an epoch."""
+    from accelerate import PartialState
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+
+    def loader():
+        trainer = object.__new__(SideBranchTrainer)
+        trainer.sampler = GroupedByLength(2, lengths, seed=5)
+        plain = torch.utils.data.DataLoader(range(40), batch_size=2, sampler=trainer.sampler)
+        prepared = prepare_data_loader(plain, num_processes=num_processes, process_index=0, put_on_device=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "get_train_dataloader", lambda self: prepared)
+            return trainer.get_train_dataloader()
+
+    PartialState()
+    lengths = np.random.default_rng(0).integers(1, 9, 40).tolist()
+    whole, epochs = loader(), []
+    for epoch in range(3):
+        whole.set_epoch(epoch)
+        epochs.append([batch.tolist() for batch in whole])
+    assert epochs[0] != epochs[1]
+    resumed = skip_first_batches(loader(), 3)
+    resumed.set_epoch(1)
+    if hasattr(getattr(resumed.batch_sampler, "batch_sampler", None), "set_epoch"):
+        resumed.batch_sampler.batch_sampler.set_epoch(1)
+    assert [batch.tolist() for batch in resumed] == epochs[1][3:]
 
 
 def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, tmp_path, capsys):

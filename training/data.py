@@ -69,8 +69,8 @@ def as_bad_row(reason: str, errors: type[Exception] = Exception):
 
 
 def read_rows(source: Path):
-    """The rows of a JSON or JSON lines file of LLaVA's format, or of a folder of the `datasets` library: anything with
-    a length whose items are dictionaries.
+    """The rows of a JSON or JSON lines file of LLaVA's format, or of a folder, parquet, arrow or CSV file of the
+    `datasets` library: anything with a length whose items are dictionaries.
 
     Raises:
         ValueError: the file does not hold a list of rows.
@@ -78,13 +78,11 @@ def read_rows(source: Path):
     source = Path(source)
     if not source.exists():
         raise ValueError(f"{source} does not exist.")
-    if source.is_dir() or source.suffix not in (".json", ".jsonl"):
+    if source.is_dir() or source.suffix in (".parquet", ".arrow", ".csv"):
         return read_datasets(source)
     try:
         with source.open(encoding="utf-8-sig") as file:
-            rows = (
-                [json.loads(line) for line in file if line.strip()] if source.suffix == ".jsonl" else json.load(file)
-            )
+            rows = json.load(file) if source.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
     except ValueError as error:
         raise ValueError(f"{source} is not valid JSON: {error}") from error
     if not isinstance(rows, list):

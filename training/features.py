@@ -103,7 +103,7 @@ def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.d
         "processor": digest(
             _fields_digest(processor.to_dict(), BESIDE_THE_POINT).encode(),
             str(processor.chat_template).encode(),
-            processor.image_processor.to_json_string().encode(),
+            _fields_digest(processor.image_processor.to_dict(), BESIDE_THE_POINT).encode(),
             _vocabulary(processor.tokenizer),
         ),
         "data": data_digest(dataset),
@@ -159,7 +159,12 @@ def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int
     if path.exists():
         index = json.loads(path.read_text())
         for name, value in expected.items():
-            if index["fingerprint"].get(name) != value:
+            if name not in index["fingerprint"]:
+                raise CacheError(
+                    f"The features in {folder} were made by an earlier version, which did not note their {name}. Give "
+                    "another folder, or delete this one."
+                )
+            if index["fingerprint"][name] != value:
                 raise CacheError(
                     f"The features in {folder} were made with {name} {index['fingerprint'].get(name)!r}, but this run "
                     f"has {value!r}. Give another folder, or delete this one."
