@@ -1313,6 +1313,7 @@ def test_the_model_without_its_head_is_saved_and_loaded_by_auto_model(tmp_path, 
 
 
 def test_a_side_branch_that_lacks_says_so_where_its_origin_is_offloaded(tmp_path):
+    pytest.importorskip("accelerate")
     make_dpvr().save_pretrained(tmp_path / "one")
     inside = "model.language_model."
     parts = ["lm_head", "model.vision_tower", "model.multi_modal_projector", "model.side_branch"]
