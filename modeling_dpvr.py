@@ -273,9 +273,9 @@ def select_mask(mask: torch.Tensor, rows: torch.LongTensor, slots: torch.LongTen
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     columns = (slots - 1).clamp(min=0)[:, None, None].expand(-1, *mask.shape[1:3], -1)
     is_visible, mask = (slots > 0)[:, None, None], mask.gather(3, columns)
-    return (
-        mask & is_visible if mask.dtype == torch.bool else mask.masked_fill(~is_visible, torch.finfo(mask.dtype).min)
-    )
+    if mask.dtype == torch.bool:
+        return mask & is_visible
+    return mask.masked_fill(~is_visible, torch.finfo(mask.dtype).min)
 
 
 class SideBranch(nn.Module):
@@ -848,9 +848,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             mask = select_mask(mask, stream.columns, slots)
         elif is_ragged or mask is not None:  # else the backend needs no mask for the stream either
             attention = self.language_model.config._attn_implementation
-            if (
-                attention not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
-            ):  # as transformers looks, which says nothing
+            # As transformers looks, which says nothing
+            if attention not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
                 raise ValueError(
                     f"attn_implementation={attention!r} has no function that makes its masks, and rows that hold "
                     "different numbers of tokens of a kind need one. Register it: "

@@ -500,9 +500,9 @@ def _copy_file(path: Path, target: Path) -> int:
     return checksum
 
 
-def check_room(folder: Path, num_bytes: int) -> None:
-    if (free := shutil.disk_usage(folder).free) < num_bytes:
-        raise ConversionError(f"{folder} has {free / 1e9:.1f} GB free, but the weights need {num_bytes / 1e9:.1f} GB.")
+def check_room(folder: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise ConversionError(f"{folder} has {free / 1e9:.1f} GB free, but the weights need {needed / 1e9:.1f} GB.")
 
 
 def write_index(folder: Path, tensors: list[tuple[str, str, int, int]]) -> None:

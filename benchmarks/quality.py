@@ -563,15 +563,14 @@ def by_attention(record: dict) -> str:
     rows = []
     for model in record["models"]:
         config = AutoConfig.from_pretrained(ROOT / "examples" / model)
-        for routing in methods(config.text_config.num_hidden_layers).values():
-            if not isinstance(routing, Routing) or routing.sees == Routing.sees:
-                continue
-            for sees in (Routing.sees, routing.sees):
+        routings = [r for r in methods(config.text_config.num_hidden_layers).values() if isinstance(r, Routing)]
+        measured = [replace(r, sees=Routing.sees) for r in routings if r.sees != Routing.sees]
+        for routing in dict.fromkeys(measured):
+            for sees in SEEN:
                 entry = entries.get((model, name_of(replace(routing, sees=sees))))
                 if entry is not None:
                     accuracy = [percent(entry.accuracy[kind]) for kind in (*VISION_HEAVY, "all")]
                     rows.append([model, str(routing.saturation_layer), routing.training, sees, *accuracy])
-    rows = [list(row) for row in dict.fromkeys(map(tuple, rows))]
     return markdown(["LLaVA", "S", "DPVR", "a vision token sees", *VISION_HEAVY, "all kinds"], rows)
 
 

@@ -34,12 +34,13 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
     `output`, which must not exist or be empty."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"{output} exists and is not an empty folder; nothing is overwritten.")
+    weights = adapter_path(adapter, subfolder)
     if AutoConfig.from_pretrained(base, trust_remote_code=True).model_type == "dpvr":
         model = AutoModel.from_pretrained(base, trust_remote_code=True, dtype=dtype)
-        merged = merge_adapter(load_adapter(model, adapter, subfolder=subfolder))
+        merged = merge_adapter(load_adapter(model, weights))
         processor = AutoProcessor.from_pretrained(base, trust_remote_code=True)
     else:
-        merged = from_llava(base, adapter, dtype=dtype, adapter_kwargs={"subfolder": subfolder})
+        merged = from_llava(base, weights, dtype=dtype)
         processor = processor_from_llava(base)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
@@ -47,7 +48,7 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
         folder = staging / output.name  # whose rights are the user's usual ones
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
-        record = adapter_path(adapter, subfolder).parent / RUN_FILE
+        record = weights.parent / RUN_FILE
         if record.is_file():
             shutil.copyfile(record, folder / RUN_FILE)
         if output.exists():

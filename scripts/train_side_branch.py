@@ -274,10 +274,10 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
         state = {name.removeprefix("model."): weight for name, weight in state.items()}
     if trainer.args.should_save:
         save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
-        is_written = has_own_card(options.output)
+        keeps_card = has_own_card(options.output)
         (options.output / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
         has_plot = plot_losses(record, options.output / PLOT_FILE)
-        if is_written:
+        if keeps_card:
             print(f"{options.output / CARD_FILE} was not written by a training and stays as it is", flush=True)
         else:
             card = make_card(record, options.output.resolve().name, has_plot=has_plot)

@@ -96,13 +96,17 @@ def make_card(
         base_model_relation="adapter" if is_adapter else "finetune",
         tags=["dpvr", "llava", *([] if is_adapter else ["custom_code"])],
     )
-    kind = "A trained " + run["trains"] if "trains" in run else "An adapter" if is_adapter else "A checkpoint"
+    if "trains" in run:
+        what = f"A trained {run['trains']}" + ("" if is_adapter else ", merged into a whole checkpoint,")
+        others = f" All other\nweights are those of {base}, frozen."
+    else:
+        what, others = "An adapter" if is_adapter else "A checkpoint", ""
     return CARD.format(
         front_matter=data.to_yaml().strip(),
         title=name.rstrip("/").split("/")[-1],
-        what=f"{kind}, merged into a whole checkpoint," if "trains" in run and not is_adapter else kind,
+        what=what,
         way="wait as they are" if run.get("num_side_layers") == 0 else "pass the side branch",
-        others=f" All other\nweights are those of {base}, frozen." if "trains" in run else "",
+        others=others,
         base=base,
         saturation_layer=run.get("saturation_layer", "S"),
         load=_load(run, base, name, is_adapter, subfolder),

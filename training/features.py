@@ -52,7 +52,6 @@ BESIDE_THE_POINT = {
     "auto_map",
     "chat_template",
     "tokenizer",
-    "image_processor",
     "use_cache",
     "_attn_implementation",
 }
@@ -99,12 +98,9 @@ def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.d
         "weights": weights_digest(model),
         "saturation_layer": config.saturation_layer,
         "num_fusion_layers": config.num_fusion_layers,
-        "config": _fields_digest(config.to_dict(), BESIDE_THE_POINT),
+        "config": digest(_fields(config)),
         "processor": digest(
-            _fields_digest(processor.to_dict(), BESIDE_THE_POINT).encode(),
-            str(processor.chat_template).encode(),
-            _fields_digest(processor.image_processor.to_dict(), BESIDE_THE_POINT).encode(),
-            _vocabulary(processor.tokenizer),
+            _fields(processor), str(processor.chat_template).encode(), _vocabulary(processor.tokenizer)
         ),
         "data": data_digest(dataset),
         "rows": len(dataset),
@@ -114,15 +110,15 @@ def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.d
     }
 
 
-def _fields_digest(fields: dict, left_out: set[str]) -> str:
-    """Of what a config or a processor states, on any level, but for the names that are left out."""
+def _fields(stated) -> bytes:
+    """What a config, or a processor with its image processor, states on any level of what features depend on."""
 
     def kept(value):
         if isinstance(value, dict):
-            return {name: kept(part) for name, part in value.items() if name not in left_out}
+            return {name: kept(part) for name, part in value.items() if name not in BESIDE_THE_POINT}
         return value
 
-    return digest(json.dumps(kept(fields), sort_keys=True, default=str).encode())
+    return json.dumps(kept(stated.to_dict()), sort_keys=True, default=str).encode()
 
 
 def _vocabulary(tokenizer) -> bytes:
@@ -166,7 +162,7 @@ def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int
                 )
             if index["fingerprint"][name] != value:
                 raise CacheError(
-                    f"The features in {folder} were made with {name} {index['fingerprint'].get(name)!r}, but this run "
+                    f"The features in {folder} were made with {name} {index['fingerprint'][name]!r}, but this run "
                     f"has {value!r}. Give another folder, or delete this one."
                 )
     else:
