@@ -780,7 +780,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         position_ids = columns[None] if position_ids is None else position_ids
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         call = Call(attention_mask, position_ids, columns, rotary, cache)
-        text, vision = self.find_streams(inputs_embeds.shape[:2], is_vision, call, image_features)
+        if call.padding_mask is None:
+            is_token = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=columns.device)
+        else:
+            new = slice(num_seen, num_seen + len(columns)) if isinstance(num_seen, int) else columns
+            is_token = call.padding_mask[:, new].bool()
+        text, vision = self.find_streams(is_vision, is_token, call, image_features)
         if self.config.num_side_layers == 0:
             vision = None  # it has nowhere to go
         mask = joint_mask(self.language_model, inputs_embeds, call)
@@ -802,18 +807,19 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         )
 
     def find_streams(
-        self, shape: torch.Size, is_vision: torch.BoolTensor | None, call: Call, image_features: torch.Tensor | None
+        self,
+        is_vision: torch.BoolTensor | None,
+        is_token: torch.BoolTensor,
+        call: Call,
+        image_features: torch.Tensor | None,
     ) -> tuple[Stream | None, Stream | None]:
         """The text and the vision stream, None for one without tokens in this call. Padding belongs to neither.
 
         Args:
-            shape: `(B, T)`.
             is_vision: `(B, T)`, or None if all tokens are text.
+            is_token: `(B, T)`, False at padding.
             image_features: `(number of vision tokens, D)` or None.
         """
-        is_token = torch.ones(shape, dtype=torch.bool, device=call.columns.device)
-        if call.padding_mask is not None:
-            is_token = call.padding_mask[:, call.columns].bool()
         # A training step without an image runs the side branch on padding, whose gradients are zero: processes that
         # train together wait for each other's gradients, and with sharded weights for each other's calls
         is_training = self.training and torch.is_grad_enabled()
@@ -838,7 +844,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         `slot_idx`. `mask` is that of the layers that see both streams."""
         if mask is None and stream.index is None:
             stream.is_ragged = False  # the backend saw no padding
-        slots = torch.where(stream.valid, call.columns[stream.columns] + 1, 0)
+        columns = call.columns if stream.index is None else call.columns[stream.index]
+        slots = (columns + 1) * stream.valid
         is_ragged = stream.is_ragged
         if cache is not None:
             layer, stored = cache.layers[slot_idx], slots[:, None, :, None]
