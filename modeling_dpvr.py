@@ -304,12 +304,13 @@ def _layer_plan(plan: dict | None) -> dict:
     return {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
 
 
-def joint_mask(decoder: nn.Module, hidden_states: torch.Tensor, call: Call, layer_idx: int = 0):
+def joint_mask(decoder: nn.Module, hidden_states: torch.Tensor, call: Call, layer_idx: int = 0, **options):
     """Mask of a layer that sees both streams, in the form that the attention backend takes.
 
     Args:
         hidden_states: `(B, T, D)`, gives shape, dtype and device.
         layer_idx: whose cache sizes it; else transformers takes the first that is not sliding, maybe a side branch's.
+        options: of `create_causal_mask`.
     """
     return create_causal_mask(
         config=decoder.config,
@@ -318,6 +319,7 @@ def joint_mask(decoder: nn.Module, hidden_states: torch.Tensor, call: Call, laye
         position_ids=call.position_ids,
         layer_idx=layer_idx,
         **{CACHE: call.cache},
+        **options,
     )
 
 
@@ -386,14 +388,27 @@ def add_keys_and_values(layer: nn.Module, hidden_states: torch.Tensor, rotary: t
 
 
 def read_last(
-    decoder: nn.Module, layer: nn.Module, hidden_states: torch.Tensor, call: Call, num_read: int, **kwargs
+    decoder: nn.Module,
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    call: Call,
+    mask: torch.Tensor | None,
+    num_read: int,
+    **kwargs,
 ) -> torch.Tensor:
-    """`layer` on `(B, T, D)` for the last `num_read` tokens alone: `(B, num_read, D)`."""
+    """`layer` on `(B, T, D)` for the last `num_read` tokens alone: `(B, num_read, D)`. `mask` is that of all.
+
+    No mask is made by looking at the padding, for which the host would wait until the device has come so far.
+    """
     num_unread = hidden_states.shape[1] - num_read
     cache = DynamicCache() if call.cache is None else call.cache
     add_keys_and_values(layer, hidden_states[:, :num_unread], tuple(x[:, :num_unread] for x in call.rotary), cache)
     states, last = hidden_states[:, num_unread:], call.last(num_read, cache)
-    mask = joint_mask(decoder, states, last, layer.self_attn.layer_idx)
+    layer_idx = layer.self_attn.layer_idx
+    if isinstance(mask, torch.Tensor):
+        mask = mask[:, :, -num_read:] if mask.ndim == 4 else mask
+    elif mask is not None or num_read > 1 or isinstance(cache.layers[layer_idx], StaticLayer):
+        mask = joint_mask(decoder, states, last, layer_idx, allow_is_causal_skip=False)
     return layer(states, **joint_arguments(last, mask, **kwargs))
 
 
@@ -423,7 +438,7 @@ def route(
     hidden_states = run_stream(side_branch, hidden_states, vision, **kwargs)
     hidden_states = run_layers(fusion_layers[:-1], hidden_states, joint)
     if 0 < num_read < hidden_states.shape[1] and can_read_last(fusion_layers[-1], call.cache):
-        hidden_states = read_last(decoder, fusion_layers[-1], hidden_states, call, num_read, **kwargs)
+        hidden_states = read_last(decoder, fusion_layers[-1], hidden_states, call, mask, num_read, **kwargs)
     else:
         hidden_states = run_layers(fusion_layers[-1:], hidden_states, joint)[:, -num_read:]  # -0 keeps all
     return BaseModelOutputWithPast(decoder.norm(hidden_states), call.cache)

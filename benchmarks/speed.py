@@ -281,12 +281,12 @@ class Parts:
             "joint": lambda: ROUTING.run_layers(self.joint, self.states, joint),
             "text-only": lambda: ROUTING.run_layers(self.text_only, self.text_states, ROUTING.stream_arguments(text)),
             "side branch": lambda: self.model.model.side_branch(self.vision_states, vision),
-            "last layer and head": lambda: self.read_last(call),
+            "last layer and head": lambda: self.read_last(call, mask),
             "routing": self.routing,
         }
 
-    def read_last(self, call):
-        states = ROUTING.read_last(self.decoder, self.fusion[-1], self.states, call, 1)
+    def read_last(self, call, mask):
+        states = ROUTING.read_last(self.decoder, self.fusion[-1], self.states, call, mask, 1)
         return self.model.lm_head(self.decoder.norm(states))
 
     def routing(self):

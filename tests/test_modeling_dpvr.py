@@ -970,6 +970,11 @@ def test_the_host_waits_for_the_device_no_more_often_than_in_llava(monkeypatch, 
     llava, dpvr = counts.values()
     assert dpvr[0] <= llava[0]
     assert dpvr[1] <= llava[1]
+    del prompt["attention_mask" if len(rows) == 1 else "mm_token_type_ids"]
+    first = model.model.language_model.layers[0]
+    first.register_forward_pre_hook(lambda *_: reads.clear())
+    model(**prompt, mm_encoder_outputs=features, logits_to_keep=1)
+    assert not reads  # once the layers run, the host runs ahead of the device
 
 
 # --- generation ----------------------------------------------------------------------------------------------------
