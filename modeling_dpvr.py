@@ -23,6 +23,7 @@ Everything that routing does not change is imported: vision tower, projector, de
 caches, loss and generation. Shapes: B batch, T tokens of this call, N tokens of one stream, D hidden size.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -362,6 +363,48 @@ def run_stream(
     return plan.stream.put(hidden_states, states)
 
 
+def may_overlap(
+    hidden_states: torch.Tensor, text: StreamPlan | None, vision: StreamPlan | None, cache: Cache | None
+) -> bool:
+    """Whether the side branch may run beside the text-only layers, in a CUDA stream of its own.
+
+    Not where others order the work: autograd, compilers, parallel processes, caches that come and go. And not where
+    keys and values of the side branch are kept, which would outlive the wait for its stream.
+    """
+    if not hidden_states.is_cuda or text is None or vision is None:
+        return False
+    in_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_offloading = cache is not None and cache.offloading
+    is_ordered = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_parallel or is_offloading
+    return not is_ordered and vision.cache is None
+
+
+@functools.cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each GPU, since each has memory set aside for it."""
+    return torch.cuda.Stream(device)
+
+
+def run_streams_at_once(
+    text_only_layers: list[nn.Module],
+    side_branch: SideBranch,
+    hidden_states: torch.Tensor,
+    text: StreamPlan,
+    vision: StreamPlan,
+    **kwargs,
+) -> torch.Tensor:
+    """`hidden_states` `(B, T, D)` on a GPU after `run_stream` of either kind of tokens; neither reads the other's."""
+    first, second = torch.cuda.current_stream(hidden_states.device), second_stream(hidden_states.device)
+    second.wait_stream(first)
+    with torch.cuda.stream(second):
+        routed = run_stream(side_branch, hidden_states, vision, **kwargs)
+    text_states = text.stream.take(hidden_states)
+    text_states = run_layers(text_only_layers, text_states, stream_arguments(text, **kwargs))
+    first.wait_stream(second)
+    routed.record_stream(first)  # its memory is the second stream's
+    return text.stream.put(routed, text_states)
+
+
 def can_read_last(layer: nn.Module, cache: Cache | None) -> bool:
     """Whether `layer` may get its tokens in two parts: first, for keys and values only, those nobody reads.
 
@@ -433,9 +476,11 @@ def route(
     joint_layers, text_only_layers, fusion_layers = split_layers(decoder, config)
     joint = joint_arguments(call, mask, **kwargs)
     hidden_states = run_layers(joint_layers, hidden_states, joint)
-    # Text first: with a frozen backbone, the graph begins at the side branch
-    hidden_states = run_stream(text_only_layers, hidden_states, text, **kwargs)
-    hidden_states = run_stream(side_branch, hidden_states, vision, **kwargs)
+    if may_overlap(hidden_states, text, vision, call.cache):
+        hidden_states = run_streams_at_once(text_only_layers, side_branch, hidden_states, text, vision, **kwargs)
+    else:  # text first: with a frozen backbone, the graph begins at the side branch
+        hidden_states = run_stream(text_only_layers, hidden_states, text, **kwargs)
+        hidden_states = run_stream(side_branch, hidden_states, vision, **kwargs)
     hidden_states = run_layers(fusion_layers[:-1], hidden_states, joint)
     if 0 < num_read < hidden_states.shape[1] and can_read_last(fusion_layers[-1], call.cache):
         hidden_states = read_last(decoder, fusion_layers[-1], hidden_states, call, mask, num_read, **kwargs)

@@ -977,6 +977,22 @@ def test_the_host_waits_for_the_device_no_more_often_than_in_llava(monkeypatch, 
     assert not reads  # once the layers run, the host runs ahead of the device
 
 
+@pytest.mark.parametrize("rows", [["ttItt", "tttItt", "tt"], ["ttItt"]], ids=["ragged", "one"])
+def test_both_streams_at_once_give_the_logits_of_one_after_the_other(monkeypatch, rows):
+    """On a CPU, with streams that do nothing; tests/test_gpu.py has real ones."""
+    model, batch = make_dpvr(), make_batch(rows)
+    expected = model(**batch, use_cache=False).logits
+    routing, waits = sys.modules[type(model).__module__], []
+    stream = SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(routing, "may_overlap", lambda *args: True)
+    monkeypatch.setattr(routing, "second_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    assert torch.equal(model(**batch, use_cache=False).logits, expected)
+    assert len(waits) == 2
+
+
 # --- generation ----------------------------------------------------------------------------------------------------
 
 NUM_NEW = 8

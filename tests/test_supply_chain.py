@@ -15,7 +15,8 @@ from scripts import checksums, lowest_versions
 
 HUB_FILES = {"configuration_dpvr", "modeling_dpvr", "processing_dpvr"}
 PACKAGES = {"torch", "transformers"}
-STANDARD_LIBRARY = {"dataclasses"}  # what is needed of it; os, sys, subprocess, importlib, urllib and the like are not
+# What is needed of it; os, sys, subprocess, importlib, urllib and the like are not
+STANDARD_LIBRARY = {"dataclasses", "functools"}
 RUNS_OR_OPENS = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open", "vars"}
 # Attributes that reach files, processes, networks, pickles or other modules from torch, transformers and plain objects
 REACHES_OUT = {
