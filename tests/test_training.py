@@ -840,6 +840,60 @@ def test_two_processes_train_a_layer_that_a_batch_without_an_image_does_not_use(
     assert len(losses(tmp_path / "out")) == 6
 
 
+SHARDED = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+from torch.distributed.tensor import DTensor
+from accelerate_on_cpu import take_cpus_for_gpus
+
+take_cpus_for_gpus()
+from scripts import train_side_branch
+from training.trainer import SideBranchTrainer, trainable
+
+save_model = SideBranchTrainer.save_model
+
+
+def save_sharded_model(trainer, *args, **kwargs):
+    assert all(isinstance(weight, DTensor) for weight in trainable(trainer.model).values())
+    save_model(trainer, *args, **kwargs)
+
+
+SideBranchTrainer.save_model = save_sharded_model
+sys.exit(train_side_branch.main())
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--loss", "distill", "--whole-fusion")], ids=" ".join)
+def test_accelerates_fsdp2_trains_and_resumes_as_one_process_does(embedded, pictures, tmp_path, options):
+    """With the variables that `accelerate launch --use_fsdp` sets."""
+    one, sharded = tmp_path / "one", tmp_path / "sharded"
+    options += ("--max_steps", 4, "--save_steps", 2)
+    assert train_side_branch.main(train(embedded, pictures, one, *options)) == 0
+    program = tmp_path / "program.py"
+    program.write_text(SHARDED.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
+    command += train(embedded, pictures, sharded, *options, "--per_device_train_batch_size", 1)
+    command.remove("--use_cpu")
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"}
+    environment["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    for resume in ([], ["--resume"]):
+        result = subprocess.run(
+            [*command, *resume],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert losses(sharded) == pytest.approx(losses(one), abs=1e-5)
+        expected, actual = (load_file(folder / "adapter_model.safetensors") for folder in (one, sharded))
+        assert_same(actual, expected, 1e-5)
+        shutil.rmtree(sharded / "checkpoint-4")
+        (sharded / "training.json").unlink()
+
+
 def test_the_trl_example_trains_a_checkpoint_in_half_precision_in_small_steps(tmp_path):
     pytest.importorskip("trl")
     model, adapter = tmp_path / "dpvr", tmp_path / "adapter"
