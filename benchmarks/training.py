@@ -13,7 +13,7 @@ Weights are random, frozen ones in `--dtype`, trained ones in fp32 under autocas
 A step is forward, backward, clipping and update; reading and decoding of pictures is not in it. Every measurement is a
 process of its own, and the kinds take turns, `--rounds` times. Memory is the peak less the frozen weights (on a CPU:
 and less what Python and its libraries take): trained weights, gradients, optimizer and activations. FLOPs are those
-that torch's counter counts in the first step, forward and backward: beside a ratio of times stands what a machine that
+that torch's counter counts in one more step, forward and backward: beside a ratio of times stands what a machine that
 arithmetic alone holds up would show.
 
 With `--one-layer` all layers of the decoder have the same frozen weights in memory, so that all 32 fit where 27 GB do
@@ -176,13 +176,14 @@ def measure(kind: str, args) -> dict:
             next(batches)
         reset_peak(args)
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-        with FlopCounterMode(display=False) as counter:
-            step(model, batches, batch, optimizer, trained, args)
         seconds = [step(model, batches, batch, optimizer, trained, args) for _ in range(args.warmup + args.steps)]
+        peak = peak_bytes(args)
+        with FlopCounterMode(display=False) as counter:  # last: what checkpointing recomputes, it keeps in memory
+            step(model, batches, batch, optimizer, trained, args)
     return {
         "seconds": seconds[args.warmup :],
         "flops": counter.get_total_flops(),
-        "bytes_beyond_weights": peak_bytes(args) - before - frozen,
+        "bytes_beyond_weights": peak - before - frozen,
         "frozen_bytes": frozen,
         "trained_parameters": sum(weight.numel() for weight in trained),
     }
@@ -242,19 +243,16 @@ def summarize(runs: dict[str, list[dict]]) -> dict:
 
 
 def table(record: dict) -> str:
-    """Seconds, FLOPs and memory of a training step, by what is trained and how."""
-    rows = [
-        [
-            kind,
-            f"{result['trained_parameters'] / 1e6:.1f} M",
-            "{:.2f} s ({:.2f} to {:.2f})".format(result["seconds"], *result["seconds_range"]),
-            f"{result['flops'] / 1e12:.2f} TFLOP",
-            f"{result['bytes_beyond_weights'] / 2**30:.2f} GiB",
-        ]
-        for kind, result in record["kinds"].items()
-    ]
+    """Seconds, FLOPs and, if it was recorded, memory of a training step, by what is trained and how."""
+    rows = []
+    for kind, result in record["kinds"].items():
+        row = [kind, f"{result['trained_parameters'] / 1e6:.1f} M"]
+        row.append("{:.2f} s ({:.2f} to {:.2f})".format(result["seconds"], *result["seconds_range"]))
+        row.append(f"{result['flops'] / 1e12:.2f} TFLOP")
+        memory = result["bytes_beyond_weights"]
+        rows.append([*row, *([] if memory is None else [f"{memory / 2**30:.2f} GiB"])])
     header = ["what trains", "parameters", "a step, median (range)", "arithmetic", "memory beyond the weights"]
-    return markdown(header, rows)
+    return markdown(header[: len(rows[0])], rows)
 
 
 def ratios(record: dict) -> str:
