@@ -14,10 +14,12 @@ Runs are interleaved: every repetition measures each method once, after one roun
     routing    what DPVR does beside its layers: plans, packing, masks
     decode     one token after the other, from the cache that prefill left, the methods in turns
     memory     on a GPU: most memory during prefill beyond what was held before it
+    host       on a GPU: until the host has launched all of a prefill. Where that is as long as prefill, the GPU waits
+               for the host, whatever its arithmetic takes
     profile    one more prefill of LLaVA and of DPVR under torch's profiler: where the time goes
 
 Times are medians with the 10th and 90th percentile, and ratios are medians of ratios within a repetition or, of
-decoding, which a CPU measures in one repetition, a step. Beside them stands the ratio of decoder FLOPs
+decoding, which is measured in the first of them, a step. Beside them stands the ratio of decoder FLOPs
 (`accounting.py`, `baselines.py`), which a machine bound by arithmetic shows. On a GPU, CUDA events take the times.
 
 With `--one-layer` all layers of the decoder have the same weights in memory, so that LLaVA-1.5-7B in fp32 fits where
@@ -58,7 +60,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPERATORS = {  # of a profile, by how their names begin
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    "attention": (
+        "aten::_scaled_dot_product",
+        "aten::_flash_attention",
+        "aten::_efficient_attention",
+        "aten::_cudnn_attention",
+    ),
     "indexing": ("aten::gather", "aten::scatter", "aten::masked_scatter", "aten::index", "aten::sort"),
 }
 
@@ -91,6 +98,7 @@ class Method:
 def fill(model: torch.nn.Module, std: float, seed: int = 0) -> None:
     """Random weights at the speed of copying: one block of numbers over and over."""
     block = torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(seed)) * std
+    block = block.to(next(model.parameters()).device)
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             weight.fill_(float("norm" in name and name.endswith("weight")))
@@ -177,10 +185,18 @@ def make_methods(args, device: torch.device) -> list[Method]:
 
 
 class Meter:
-    """Time and memory of a call on one device."""
+    """Time and memory of a call on one device.
+
+    Attributes:
+        host_seconds: until the last call that was timed on a GPU returned, with all its kernels launched.
+    """
+
+    host_seconds: float | None = None
 
     def __init__(self, device: torch.device):
         self.is_cuda = device.type == "cuda"
+        if self.is_cuda:  # memory that torch has in hand already: no call waits for more
+            torch.empty(torch.cuda.mem_get_info()[0] * 3 // 4, dtype=torch.uint8, device=device)
 
     def time(self, function: Callable) -> tuple[float, object]:
         """Seconds that a call takes, and its result."""
@@ -190,9 +206,11 @@ class Meter:
             return time.perf_counter() - start, result
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        begin = time.perf_counter()
         start.record()
         result = function()
         end.record()
+        self.host_seconds = time.perf_counter() - begin
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3, result
 
@@ -316,24 +334,25 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
 
     features = encode()
     parts = Parts(routed, prompt, features)
-    seconds = {method.name: [] for method in methods}
-    steps = {method.name: [] for method in methods}
+    seconds, host = ({method.name: [] for method in methods} for _ in range(2))
     memory, stored, alone, tower = {}, {}, {name: [] for name in parts.prepare()}, []
     title = f"{num_vision} + {num_text}, batch {batch}"
     for repetition in tqdm(range(args.repeats + 1), desc=title, disable=None):
         is_counted, prefilled = repetition > 0, {}
+        # On a GPU not counted at first: libraries make plans for each new number of keys
+        decodes = repetition == 1 or (repetition == 0 and meter.is_cuda)
         for method in methods:
-            if not is_counted:
+            if is_counted:
+                taken, outputs = meter.time(lambda m=method: prefill(m, prompt, features))
+                seconds[method.name].append(taken)
+                host[method.name].append(meter.host_seconds)
+            else:
                 memory[method.name], outputs = meter.peak(lambda m=method: prefill(m, prompt, features))
                 stored[method.name] = stored_bytes(outputs[CACHE], method.model.config)
-                continue
-            taken, outputs = meter.time(lambda m=method: prefill(m, prompt, features))
-            seconds[method.name].append(taken)
-            if repetition == 1 or meter.is_cuda:
+            if decodes:
                 prefilled[method.name] = outputs
-        if prefilled:
-            for name, taken in decode(methods, prompt, prefilled, args.decode_tokens, meter).items():
-                steps[name] += taken
+        if decodes:
+            steps = decode(methods, prompt, prefilled, args.decode_tokens, meter)
         for name, call in parts.prepare().items():
             taken, _ = meter.time(call)
             alone[name] += [taken] * is_counted
@@ -345,6 +364,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
         results[method.name] = {
             "prefill_seconds": summary(seconds[method.name]),
             "prefill_ratio": summary(ratios),
+            "host_seconds": summary(host[method.name]) if meter.is_cuda else None,
             "flops_ratio": method.flops(num_vision, num_text) / base.flops(num_vision, num_text),
             "first_token_seconds": summary([a + b for a, b in zip(seconds[method.name], tower, strict=True)]),
             "decode_step_seconds": summary(steps[method.name]) if args.decode_tokens else None,
@@ -374,13 +394,17 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
 def table(record: dict) -> str:
     """The results as markdown, one row for each method of each prompt, and the conditions they were measured under."""
     results = [result for run in record["runs"] for result in run["methods"].values()]
-    has_peak, has_steps = (results[0][key] is not None for key in ("peak_bytes", "decode_step_seconds"))
+    has_host, has_peak, has_steps = (
+        results[0].get(key) is not None for key in ("host_seconds", "peak_bytes", "decode_step_seconds")
+    )
     rows = []
     for run in record["runs"]:
         prompt = prompt_name(run)
         for name, result in run["methods"].items():
             row = [prompt, name, "{median:.3g} [{p10:.3g}, {p90:.3g}]".format(**result["prefill_seconds"])]
             row += [f"{result['prefill_ratio']['median']:.3f}", f"{result['flops_ratio']:.3f}"]
+            if has_host:
+                row.append(f"{result['host_seconds']['median']:.3g}")
             first, dense = (each["first_token_seconds"]["median"] for each in (result, run["methods"]["LLaVA"]))
             row += [f"{first:.3g}", f"{first / dense:.3f}"]
             if has_steps:
@@ -390,7 +414,16 @@ def table(record: dict) -> str:
                 row.append(f"{result['peak_bytes'] / 2**20:,.0f}")
             rows.append(row)
             prompt = ""
-    header = ["prompt", "method", "prefill, s", "ratio", "by FLOPs", "first token, s", "ratio"]
+    header = [
+        "prompt",
+        "method",
+        "prefill, s",
+        "ratio",
+        "by FLOPs",
+        *["host, s"] * has_host,
+        "first token, s",
+        "ratio",
+    ]
     header += ["decode step, s", "ratio"] * has_steps + ["KV cache, ratio"] + ["peak, MiB"] * has_peak
     return f"{markdown(header, rows)}\n\n{conditions(record)}"
 
