@@ -43,6 +43,7 @@ from transformers.models.llava.modeling_llava import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs, selected_hidden_states
 
 from .configuration_dpvr import AUTO_MAP, DPVRConfig, attention_window
@@ -363,29 +364,39 @@ def run_stream(
     return plan.stream.put(hidden_states, states)
 
 
-def may_overlap(
-    hidden_states: torch.Tensor, text: StreamPlan | None, vision: StreamPlan | None, cache: Cache | None
-) -> bool:
-    """Whether the side branch may run beside the text-only layers, in a CUDA stream of its own.
+def is_on_gpu(states: torch.Tensor) -> bool:
+    return states.is_cuda
 
-    Not where others order the work: autograd, compilers, parallel processes, caches that come and go. And not where
-    keys and values of the side branch are kept, which would outlive the wait for its stream.
+
+def may_overlap(
+    layers: list[nn.Module],
+    hidden_states: torch.Tensor,
+    text: StreamPlan | None,
+    vision: StreamPlan | None,
+    cache: Cache | None,
+) -> bool:
+    """Whether both kinds of tokens may pass their `layers` at once, vision tokens in a CUDA stream of their own.
+
+    Not where others order the work: autograd, compilers, whatever brings weights with a layer's `forward`, parallel
+    processes, caches that come and go. And not where keys of the side branch are kept, which outlive the wait for it.
     """
-    if not hidden_states.is_cuda or text is None or vision is None:
+    if text is None or vision is None or vision.cache is not None or not is_on_gpu(hidden_states):
         return False
-    in_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    is_offloading = cache is not None and cache.offloading
-    is_ordered = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_parallel or is_offloading
-    return not is_ordered and vision.cache is None
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or (cache is not None and cache.offloading):
+        return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    parts = [part for layer in layers for part in layer.modules()]
+    return not any("forward" in part.__dict__ or part._compiled_call_impl is not None for part in parts)
 
 
 @functools.cache
-def second_stream(device: torch.device) -> torch.cuda.Stream:
+def side_cuda_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each GPU, since each has memory set aside for it."""
     return torch.cuda.Stream(device)
 
 
-def run_streams_at_once(
+def run_both_streams(
     text_only_layers: list[nn.Module],
     side_branch: SideBranch,
     hidden_states: torch.Tensor,
@@ -393,15 +404,17 @@ def run_streams_at_once(
     vision: StreamPlan,
     **kwargs,
 ) -> torch.Tensor:
-    """`hidden_states` `(B, T, D)` on a GPU after `run_stream` of either kind of tokens; neither reads the other's."""
-    first, second = torch.cuda.current_stream(hidden_states.device), second_stream(hidden_states.device)
-    second.wait_stream(first)
-    with torch.cuda.stream(second):
-        routed = run_stream(side_branch, hidden_states, vision, **kwargs)
-    text_states = text.stream.take(hidden_states)
-    text_states = run_layers(text_only_layers, text_states, stream_arguments(text, **kwargs))
-    first.wait_stream(second)
-    routed.record_stream(first)  # its memory is the second stream's
+    """`hidden_states` `(B, T, D)` on a GPU after `run_stream` of both kinds of tokens; neither reads the other's."""
+    main, side = torch.cuda.current_stream(hidden_states.device), side_cuda_stream(hidden_states.device)
+    side.wait_stream(main)
+    try:
+        with torch.cuda.stream(side):
+            routed = run_stream(side_branch, hidden_states, vision, **kwargs)
+        text_states = text.stream.take(hidden_states)
+        text_states = run_layers(text_only_layers, text_states, stream_arguments(text, **kwargs))
+    finally:  # also after an error: what `side` still reads is freed, for `main` to write to
+        main.wait_stream(side)
+    routed.record_stream(main)  # its memory is that of `side`
     return text.stream.put(routed, text_states)
 
 
@@ -441,16 +454,18 @@ def read_last(
 ) -> torch.Tensor:
     """`layer` on `(B, T, D)` for the last `num_read` tokens alone: `(B, num_read, D)`. `mask` is that of all.
 
-    No mask is made by looking at the padding, for which the host would wait until the device has come so far.
+    A mask is made anew where there is no other way: some are made by looking at the padding, for which the host would
+    wait until the device has come so far.
     """
     num_unread = hidden_states.shape[1] - num_read
     cache = DynamicCache() if call.cache is None else call.cache
     add_keys_and_values(layer, hidden_states[:, :num_unread], tuple(x[:, :num_unread] for x in call.rotary), cache)
     states, last = hidden_states[:, num_unread:], call.last(num_read, cache)
     layer_idx = layer.self_attn.layer_idx
-    if isinstance(mask, torch.Tensor):
-        mask = mask[:, :, -num_read:] if mask.ndim == 4 else mask
-    elif mask is not None or num_read > 1 or isinstance(cache.layers[layer_idx], StaticLayer):
+    sees_all = mask is None and num_read == 1 and not isinstance(cache.layers[layer_idx], StaticLayer)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        mask = mask[:, :, -num_read:]
+    elif not sees_all and not is_flash_attention_requested(decoder.config):  # whose masks are of keys alone
         mask = joint_mask(decoder, states, last, layer_idx, allow_is_causal_skip=False)
     return layer(states, **joint_arguments(last, mask, **kwargs))
 
@@ -476,8 +491,8 @@ def route(
     joint_layers, text_only_layers, fusion_layers = split_layers(decoder, config)
     joint = joint_arguments(call, mask, **kwargs)
     hidden_states = run_layers(joint_layers, hidden_states, joint)
-    if may_overlap(hidden_states, text, vision, call.cache):
-        hidden_states = run_streams_at_once(text_only_layers, side_branch, hidden_states, text, vision, **kwargs)
+    if may_overlap([*text_only_layers, side_branch], hidden_states, text, vision, call.cache):
+        hidden_states = run_both_streams(text_only_layers, side_branch, hidden_states, text, vision, **kwargs)
     else:  # text first: with a frozen backbone, the graph begins at the side branch
         hidden_states = run_stream(text_only_layers, hidden_states, text, **kwargs)
         hidden_states = run_stream(side_branch, hidden_states, vision, **kwargs)

@@ -106,3 +106,14 @@ def make_batch(rows, padding_side="left", seed=0):
         "mm_token_type_ids": (input_ids == IMAGE).long(),
         "pixel_values": pixel_values,
     }
+
+
+def record_reads(monkeypatch) -> list[str]:
+    """The list of reads of tensor values by the host, to which every one from now on is added. On a GPU each waits."""
+    reads = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "nonzero", "cpu", "numpy"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *args, m=method, n=name, **kw: reads.append(n) or m(*args, **kw)
+        )
+    return reads
