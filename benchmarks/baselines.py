@@ -156,19 +156,19 @@ class Tokens:
     is_vision: torch.BoolTensor
     rotary: tuple[torch.Tensor, torch.Tensor]
 
-    def select(self, kept: torch.BoolTensor) -> tuple["Tokens", torch.LongTensor]:
-        """Those of `kept` `(B, N)`, and where they were among these, `(B, number kept in the fullest row)`."""
-        where, valid = pack(kept)
+    def select(self, kept: torch.BoolTensor, width: int) -> tuple["Tokens", torch.LongTensor]:
+        """Those of `kept` `(B, N)`, at most `width` a row, and where they were among these, `(B, width)`."""
+        where, valid = pack(kept, width)
         rotary = tuple(take(x, where) for x in self.rotary)
         return Tokens(self.index.gather(1, where), valid, (self.is_vision & kept).gather(1, where), rotary), where
 
 
-def choose(tokens: Tokens, scores: torch.Tensor | None, num_kept: list[int]) -> torch.BoolTensor:
+def choose(tokens: Tokens, scores: torch.Tensor | None, num_kept: torch.LongTensor) -> torch.BoolTensor:
     """All text tokens and, of each row, the `num_kept` vision tokens with the highest scores, the earlier of equals.
 
     Args:
         scores: `(B, N)`, or None where all vision tokens go or all stay.
-        num_kept: `B` numbers.
+        num_kept: `(B,)`.
 
     Returns:
         `(B, N)`.
@@ -177,7 +177,7 @@ def choose(tokens: Tokens, scores: torch.Tensor | None, num_kept: list[int]) -> 
         scores = torch.zeros(tokens.valid.shape, device=tokens.valid.device)
     order = scores.masked_fill(~tokens.is_vision, -math.inf).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)
-    is_high = rank < torch.tensor(num_kept, device=rank.device)[:, None]
+    is_high = rank < num_kept[:, None]
     return tokens.valid & (~tokens.is_vision | is_high)
 
 
@@ -280,25 +280,40 @@ class PrunedLlavaModel(LlavaModel):
             last_column = torch.where(tokens.valid, tokens.index, 0).amax(1)
 
         mask = self.make_mask(inputs_embeds, attention_mask, cache, 0)
+        # Counted before the layers run: on the way, the host would wait for the device at every stage
+        has_vision, num_kept, widths = self.count_kept(tokens, stages) if is_prompt else (False, {}, {})
+        is_ragged = mask is not None or not is_prompt
         hidden_states = all_states = layer_input = inputs_embeds
         for i, layer in enumerate(layers[first_layer:], start=first_layer):
             if i in stages:
                 if is_prompt:
                     all_states = put(all_states, tokens, hidden_states)
-                    num_kept = [stages[i].num_kept(n) for n in is_vision.sum(-1).tolist()]
                     scores = None
-                    if stages[i].ranks and tokens.is_vision.any():
+                    if stages[i].ranks and has_vision:
                         scores = self.rank(stages[i], tokens, layer_input, hidden_states, last_column, cache)
-                    tokens, where = tokens.select(choose(tokens, scores, num_kept))
+                    tokens, where = tokens.select(choose(tokens, scores, num_kept[i]), max(widths[i]))
                     hidden_states = take(hidden_states, where)
                 slots = tokens.valid[:, None, :, None]
                 slots = cache.update(slots, slots[..., :0], len(layers) + list(stages).index(i))[0]
-                mask = self.make_mask(hidden_states, slots[:, 0, :, 0], cache, i)
+                if is_ragged or len(set(widths[i])) > 1:
+                    mask = self.make_mask(hidden_states, slots[:, 0, :, 0], cache, i)
             layer_input = hidden_states
             hidden_states = layer(
                 hidden_states, attention_mask=mask, position_embeddings=tokens.rotary, **{CACHE: cache}
             )
         return put(all_states, tokens, self.language_model.norm(hidden_states))
+
+    def count_kept(
+        self, tokens: Tokens, stages: dict[int, Stage]
+    ) -> tuple[bool, dict[int, torch.LongTensor], dict[int, list[int]]]:
+        """Whether there are vision tokens; and by stage how many of them each row keeps, `(B,)`, and how many tokens
+        in all, `B` numbers."""
+        marks = torch.stack([tokens.valid & ~tokens.is_vision, tokens.is_vision])
+        num_text, num_vision = marks.sum(-1).tolist()
+        num_kept = {i: [stage.num_kept(n) for n in num_vision] for i, stage in stages.items()}
+        widths = {i: [sum(pair) for pair in zip(num_text, kept, strict=True)] for i, kept in num_kept.items()}
+        num_kept = {i: torch.tensor(kept, device=marks.device) for i, kept in num_kept.items()}
+        return any(num_vision), num_kept, widths
 
     def find_tokens(
         self,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies
 from test_accounting import NUM_PATCHES, SHAPES, build, count, llava_config, prompt
-from tiny import IMAGE, NUM_LAYERS, TOKENS_PER_IMAGE, make_batch, make_llava
+from tiny import IMAGE, NUM_LAYERS, TOKENS_PER_IMAGE, make_batch, make_llava, record_reads
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import accounting
@@ -242,6 +242,19 @@ def test_generate_gives_each_row_of_a_batch_what_it_gives_it_alone(pruned, metho
             alone = pruned.generate(batch["input_ids"][i, mask][None], **images, **settings, num_beams=beams)
             assert alone[0, -4:].tolist() == together[i].tolist()
             start = stop
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_host_waits_for_nothing_once_the_layers_read_a_prompt(monkeypatch, pruned, method):
+    """As in LLaVA and DPVR, which they are timed beside."""
+    batch, reads = inputs_of(["tItt", "ttIt"]), record_reads(monkeypatch)
+    features = {"image": pruned.model.get_image_features(batch.pop("pixel_values"), return_dict=True)}
+    pruned.stages = METHODS[method]
+    handle = pruned.model.language_model.layers[0].register_forward_pre_hook(lambda *_: reads.clear())
+    with torch.no_grad():
+        pruned(**batch, mm_encoder_outputs=features)
+    handle.remove()
+    assert not reads
 
 
 def test_images_after_the_first_call_are_refused(pruned):

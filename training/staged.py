@@ -293,9 +293,14 @@ class StagedModel(nn.Module):
         return outputs[valid]
 
 
-def pack(belongs: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    """Columns of the tokens where `belongs` `(B, T)` is True, packed to the right, and which are no padding."""
-    width = int(belongs.sum(-1).amax())
+def pack(belongs: torch.BoolTensor, width: int | None = None) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """Columns of the tokens where `belongs` `(B, T)` is True, packed to the right, and which are no padding.
+
+    Args:
+        width: how many the fullest row has, if that is known; else the host waits for the device to count them.
+    """
+    if width is None:
+        width = int(belongs.sum(-1).amax())
     index = belongs.to(torch.uint8).argsort(dim=-1, stable=True)[:, belongs.shape[1] - width :]
     return index, belongs.gather(1, index)
 
