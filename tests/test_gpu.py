@@ -17,6 +17,8 @@ from tiny import DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava
 from tiny_training import gradients, staged, training_batch
 from transformers import DynamicCache
 
+from training.trainer import TRAINED_WEIGHTS
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 GPU = "cuda:0"
@@ -56,11 +58,14 @@ def step_after(batch):
 
 
 def prefill_and_step(model, batch):
-    """Logits of the tokens of a prompt and of one after it, padding left out."""
+    """Logits of the tokens of a prompt, padding left out, of one token after it, and of its last column alone, where
+    the side branch, whose keys nobody keeps, runs beside the text-only layers."""
     to = to_gpu if model.device.type == "cuda" else lambda x: {k: v for k, v in x.items() if v is not None}
     outputs = model(**to(batch), use_cache=True)
-    last = model(**to(step_after(batch)), past_key_values=outputs.past_key_values).logits
-    return torch.cat([outputs.logits.cpu()[batch["attention_mask"].bool()], last.cpu()[:, 0]]).float()
+    step = model(**to(step_after(batch)), past_key_values=outputs.past_key_values).logits
+    alone = model(**to(batch), use_cache=False, logits_to_keep=1).logits.cpu()[batch["attention_mask"][:, -1].bool()]
+    logits = [outputs.logits.cpu()[batch["attention_mask"].bool()], step.cpu()[:, 0], alone[:, 0]]
+    return torch.cat(logits).float()
 
 
 def generate(model, batch, **options):
@@ -92,7 +97,10 @@ def test_flash_kernels_give_the_logits_of_sdpa(monkeypatch, on_gpu, rows):
     """Those of FlashAttention 2 that torch carries, under the names of the flash_attn package."""
     from transformers import modeling_flash_attention_utils as flash
 
+    calls = []
+
     def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, softmax_scale=None):
+        calls.append(1)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         cumulative = (x.to(torch.int32) for x in (cu_seqlens_q, cu_seqlens_k))
         sizes = int(max_seqlen_q), int(max_seqlen_k)
@@ -113,6 +121,7 @@ def test_flash_kernels_give_the_logits_of_sdpa(monkeypatch, on_gpu, rows):
     half.model.language_model.config._attn_implementation = "flash_attention_2"
     half.config.text_config._attn_implementation = "flash_attention_2"
     actual = prefill_and_step(half, make_batch(rows))
+    assert calls
     assert (actual - expected).norm() / expected.norm() < 0.02
 
 
@@ -144,7 +153,7 @@ def test_the_host_waits_for_the_device_no_more_often_than_in_llava(on_gpu, rows)
         num_step, _ = count_waits(lambda m=model, s=step, c=cache: m(**s, past_key_values=c))
         waits.append((num_prefill, num_step))
     llava, dpvr = waits
-    assert dpvr[0] <= llava[0]
+    assert 0 < dpvr[0] <= llava[0]
     assert dpvr[1] <= llava[1]
 
 
@@ -153,7 +162,7 @@ def test_the_side_branch_beside_the_text_only_layers_gives_the_logits_of_one_aft
     wide = text_config(hidden_size=1024, intermediate_size=4096, initializer_range=0.02)
     model = make_dpvr(0, wide).to(GPU)
     routing, used = sys.modules[type(model).__module__], []
-    make_stream = routing.second_stream
+    make_stream = routing.side_cuda_stream
     batches = [to_gpu(make_batch(["t" * 9 + "I" * 60, "tI" * 30 + "t"] * 4, seed=seed)) for seed in range(4)]
 
     def logits(batch):
@@ -163,7 +172,7 @@ def test_the_side_branch_beside_the_text_only_layers_gives_the_logits_of_one_aft
     monkeypatch.setattr(routing, "may_overlap", lambda *args: False)
     expected = [logits(batch)[0] for batch in batches]
     monkeypatch.undo()
-    monkeypatch.setattr(routing, "second_stream", lambda device: used.append(device) or make_stream(device))
+    monkeypatch.setattr(routing, "side_cuda_stream", lambda device: used.append(device) or make_stream(device))
     with ThreadPoolExecutor(4) as pool:
         actual = list(pool.map(logits, batches))
     assert len(used) == 80
@@ -255,12 +264,17 @@ def train(rows, output, *options, launcher=()):
     return [loss for _, loss in json.loads((output / "training.json").read_text())["loss_curve"]]
 
 
+def checkpoint_time(output):
+    return (output / "checkpoint-2" / TRAINED_WEIGHTS).stat().st_mtime_ns
+
+
 def cut(output):
-    """What a kill after the third step leaves of a run."""
+    """Leaves of a run what a kill after the third step does. When the checkpoint before that was written."""
     shutil.rmtree(output / "checkpoint-4")
     for path in output.iterdir():
         if path.is_file():
             path.unlink()
+    return checkpoint_time(output)
 
 
 BATCH = ("--per_device_train_batch_size", 4)
@@ -279,8 +293,9 @@ def test_runs_in_half_precision_train_and_go_on_after_a_kill(rows, tmp_path, opt
     learnt = [weight for name, weight in weights.items() if "down_proj" in name and "lora" not in name]
     assert learnt
     assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in learnt)  # zero at first
-    cut(output)
+    before = cut(output)
     assert train(rows, output, *BATCH, *options, "--resume") == pytest.approx(whole, abs=1e-3)
+    assert before == checkpoint_time(output)  # the second run began behind it
 
 
 def test_accelerates_fsdp2_trains_and_resumes_as_one_process_does(rows, tmp_path, monkeypatch):
@@ -295,6 +310,7 @@ def test_accelerates_fsdp2_trains_and_resumes_as_one_process_does(rows, tmp_path
     output = tmp_path / "sharded"
     losses = train(rows, output, *options, launcher=launcher)
     assert losses == pytest.approx(expected, abs=1e-3)
-    cut(output)
+    before = cut(output)
     resumed = train(rows, output, *options, "--resume", launcher=launcher)
     assert resumed == pytest.approx(expected, abs=1e-3)
+    assert before == checkpoint_time(output)

@@ -877,6 +877,7 @@ def test_accelerates_fsdp2_trains_and_resumes_as_one_process_does(embedded, pict
     command.remove("--use_cpu")
     environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"}
     environment["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    written = []
     for resume in ([], ["--resume"]):
         result = subprocess.run(
             [*command, *resume],
@@ -890,8 +891,10 @@ def test_accelerates_fsdp2_trains_and_resumes_as_one_process_does(embedded, pict
         assert losses(sharded) == pytest.approx(losses(one), abs=1e-5)
         expected, actual = (load_file(folder / "adapter_model.safetensors") for folder in (one, sharded))
         assert_same(actual, expected, 1e-5)
+        written.append((sharded / "checkpoint-2" / TRAINED_WEIGHTS).stat().st_mtime_ns)
         shutil.rmtree(sharded / "checkpoint-4")
         (sharded / "training.json").unlink()
+    assert written[0] == written[1]  # the second run began behind it
 
 
 def test_the_trl_example_trains_a_checkpoint_in_half_precision_in_small_steps(tmp_path):
