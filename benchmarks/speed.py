@@ -14,8 +14,8 @@ Runs are interleaved: every repetition measures each method once, after one roun
     routing    what DPVR does beside its layers: plans, packing, masks
     decode     one token after the other, from the cache that prefill left, the methods in turns
     memory     on a GPU: most memory during prefill beyond what was held before it
-    host       on a GPU: until the host has launched all of a prefill. Where that is as long as prefill, the GPU waits
-               for the host, whatever its arithmetic takes
+    host       on a GPU: until the host has launched all of a prefill. Where that is as long as prefill, the GPU waited
+               for the host, or, of a method that reads from it on the way, the host for the GPU
     profile    one more prefill of LLaVA and of DPVR under torch's profiler: where the time goes
 
 Times are medians with the 10th and 90th percentile, and ratios are medians of ratios within a repetition or, of

@@ -243,16 +243,19 @@ def summarize(runs: dict[str, list[dict]]) -> dict:
 
 
 def table(record: dict) -> str:
-    """Seconds, FLOPs and, if it was recorded, memory of a training step, by what is trained and how."""
-    rows = []
-    for kind, result in record["kinds"].items():
-        row = [kind, f"{result['trained_parameters'] / 1e6:.1f} M"]
-        row.append("{:.2f} s ({:.2f} to {:.2f})".format(result["seconds"], *result["seconds_range"]))
-        row.append(f"{result['flops'] / 1e12:.2f} TFLOP")
-        memory = result["bytes_beyond_weights"]
-        rows.append([*row, *([] if memory is None else [f"{memory / 2**30:.2f} GiB"])])
+    """Seconds, FLOPs and memory, where it was recorded, of a training step, by what is trained and how."""
+    rows = [
+        [
+            kind,
+            f"{result['trained_parameters'] / 1e6:.1f} M",
+            "{:.2f} s ({:.2f} to {:.2f})".format(result["seconds"], *result["seconds_range"]),
+            f"{result['flops'] / 1e12:.2f} TFLOP",
+            f"{memory / 2**30:.2f} GiB" if (memory := result["bytes_beyond_weights"]) else "not recorded",
+        ]
+        for kind, result in record["kinds"].items()
+    ]
     header = ["what trains", "parameters", "a step, median (range)", "arithmetic", "memory beyond the weights"]
-    return markdown(header[: len(rows[0])], rows)
+    return markdown(header, rows)
 
 
 def ratios(record: dict) -> str:
