@@ -364,10 +364,6 @@ def run_stream(
     return plan.stream.put(hidden_states, states)
 
 
-def is_on_gpu(states: torch.Tensor) -> bool:
-    return states.is_cuda
-
-
 def may_overlap(
     layers: list[nn.Module],
     hidden_states: torch.Tensor,
@@ -380,7 +376,7 @@ def may_overlap(
     Not where others order the work: autograd, compilers, whatever brings weights with a layer's `forward`, parallel
     processes, caches that come and go. And not where keys of the side branch are kept, which outlive the wait for it.
     """
-    if text is None or vision is None or vision.cache is not None or not is_on_gpu(hidden_states):
+    if text is None or vision is None or vision.cache is not None or not hidden_states.is_cuda:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or (cache is not None and cache.offloading):
         return False

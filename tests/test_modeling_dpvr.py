@@ -1019,7 +1019,7 @@ def cuda_streams(monkeypatch, model):
     """A CPU that is taken for a GPU. What was asked of its streams."""
     routing, log = sys.modules[type(model).__module__], []
     main, side = FakeCudaStream("main", log), FakeCudaStream("side", log)
-    monkeypatch.setattr(routing, "is_on_gpu", lambda states: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(routing, "side_cuda_stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream.work())
