@@ -9,6 +9,7 @@ from transformers import LlavaImageProcessorPil, LlavaProcessor
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import get_image_size, is_pil_image, is_valid_image, load_image
 
+MAX_IMAGE_PIXELS = 89_478_485  # as many as Pillow opens without a warning (it opens none of more than twice as many)
 DOWNLOAD_SECONDS = 60  # without a byte, after which an image's URL is given up
 
 # The conversation that LLaVA-1.5 was trained on ("vicuna_v1" in github.com/haotian-liu/LLaVA, llava/conversation.py)
@@ -94,12 +95,13 @@ def _decode(image, name: str, max_pixels: int):
     """A picture or its source as an upright RGB picture of 8 bits a channel, made so as the original LLaVA does, by
     dropping alpha."""
     if is_pil_image(image):
-        if image.mode[0] in "IF" and image.mode != "I;16":
+        if image.mode[0] in "IF" and not image.mode.startswith("I;16"):
             raise ValueError(f"{name} is of mode {image.mode}, whose range is not known here. Convert it to RGB.")
         if image.width * image.height > max_pixels:
             raise ValueError(f"{name} is {image.width} x {image.height} pixels, more than {max_pixels:,}.")
     try:
-        if is_pil_image(image) and image.mode == "I;16":
+        if is_pil_image(image) and image.mode.startswith("I;16"):
+            image = image if image.mode == "I;16" else image.convert("I")  # of another order of bytes
             image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut what is above 255
         image = load_image(image, timeout=DOWNLOAD_SECONDS)  # decodes: the first moment at which a broken one shows
     except Exception as error:  # codecs and networks fail in ways that have no common class
@@ -127,7 +129,7 @@ def _read_array(image, name: str, input_data_format=None):
     if image.dtype.kind in "ui" and (low < 0 or high > 255):
         raise ValueError(f"{name} holds values from {low} to {high}; give whole numbers from 0 to 255.")
     if image.ndim == 2:
-        return image[None]
+        return image[..., None] if input_data_format == "channels_last" else image[None]
     if input_data_format is not None:
         return image
     ends = (image.shape[0], image.shape[-1]) if image.ndim == 3 else ()
@@ -272,6 +274,7 @@ class DPVRProcessor(LlavaProcessor):
             no `<s>` in it: the tokenizer puts that in front.
         image_token: Stands for one image in a prompt.
         num_additional_image_tokens: Tokens of the vision tower beside the patches; 1 for CLIP's class token.
+        max_image_pixels: An image may have no more, nor may it grow to more where it is padded or resized.
 
     Raises:
         ValueError: if the tokenizer has no such `image_token`, or the strategy is neither of the two.
@@ -286,9 +289,6 @@ class DPVRProcessor(LlavaProcessor):
     """
 
     return_mm_token_type_ids = True
-    # As many as Pillow opens without a warning (it opens none of more than twice as many). An image may have no more,
-    # nor may it grow to more where it is padded or resized.
-    max_image_pixels = 89_478_485
 
     def __init__(
         self,
@@ -299,6 +299,7 @@ class DPVRProcessor(LlavaProcessor):
         chat_template: str | dict[str, str] | None = None,
         image_token: str = "<image>",
         num_additional_image_tokens: int = 1,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         if vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(f"Strategy {vision_feature_select_strategy!r} is unknown; use 'default' or 'full'.")
@@ -309,10 +310,12 @@ class DPVRProcessor(LlavaProcessor):
             tokenizer,
             patch_size=patch_size,
             vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template or CHAT_TEMPLATE,
+            chat_template=chat_template
+            or CHAT_TEMPLATE.replace("<image>", getattr(tokenizer, "image_token", image_token)),
             image_token=image_token,
             num_additional_image_tokens=num_additional_image_tokens,
         )
+        self.max_image_pixels = max_image_pixels
         ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ValueError(
@@ -514,7 +517,8 @@ class DPVRProcessor(LlavaProcessor):
             if length > self.tokenizer.model_max_length:
                 raise ValueError(
                     f"Prompt {row} has {length} tokens, more than the {self.tokenizer.model_max_length} of the "
-                    "context (`tokenizer.model_max_length`). Shorten it, give fewer images, or pass `truncation=True`."
+                    "context (`tokenizer.model_max_length`). Shorten it, give fewer images, or pass `truncation=True` "
+                    "with no larger `max_length`."
                 )
 
     @property

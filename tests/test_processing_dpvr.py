@@ -127,6 +127,15 @@ def test_do_pad_false_crops_as_clip_does(size, tmp_path):
         assert not torch.allclose(inputs.pixel_values[0], torch.tensor(original_pixels(image, SIZE)).float())
 
 
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_a_grey_array_may_come_with_any_order_of_channels(layout):
+    grey = np.asarray(IMAGE_1.convert("L"))
+    processor = make_processor()
+    expected = processor(images=grey, text="<image>", return_tensors="pt").pixel_values
+    pixels = processor(images=grey, text="<image>", return_tensors="pt", input_data_format=layout).pixel_values
+    torch.testing.assert_close(pixels, expected)
+
+
 def test_arrays_and_tensors_give_the_pixels_of_the_image_they_hold():
     image = noise(12, 7)
     array = np.asarray(image)
@@ -375,6 +384,16 @@ def test_image_becomes_a_run_of_its_tokens_in_place():
     assert ids == [BOS, a, *[IMAGE] * TOKENS, b]
 
 
+def test_the_template_writes_whatever_token_stands_for_an_image():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    processor = DPVRProcessor(clip(), tokenizer, patch_size=PATCH, image_token="<picture>")
+    content = [{"type": "image", "image": IMAGE_1}, {"type": "text", "text": "w5"}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+    number = inputs["input_ids"][0].count(processor.image_token_id)
+    assert number == processor._get_num_multimodal_tokens([[9, 4]])["num_image_tokens"][0]
+
+
 def test_none_in_a_list_of_images_is_a_prompt_without_one():
     inputs = PROCESSOR(images=[None, IMAGE_1, (IMAGE_2,)], text=["a", "<image>", "<image>"])
     assert [row.count(1) for row in inputs["mm_token_type_ids"]] == [0, TOKENS, TOKENS]
@@ -569,6 +588,7 @@ def test_saved_folder_serves_a_fresh_process_and_can_be_saved_again(tmp_path):
 def test_settings_survive_saving(tmp_path):
     options = {"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
     processor = make_processor(do_pad=False, chat_template="{{ messages }}", **options)
+    processor.max_image_pixels = options["max_image_pixels"] = 100
     processor.tokenizer.padding_side = "right"
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
@@ -577,6 +597,8 @@ def test_settings_survive_saving(tmp_path):
     assert loaded.image_processor.do_pad is False
     assert isinstance(loaded.image_processor, LlavaImageProcessorPil)
     assert {name: getattr(loaded, name) for name in options} == options
+    loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True, max_image_pixels=99)
+    assert loaded.max_image_pixels == 99
 
 
 def test_llava_hf_folder_loads_with_square_padding_left_padding_and_its_own_template(tmp_path):

@@ -256,10 +256,11 @@ def test_a_coloured_array_of_one_or_four_rows_is_not_taken_for_channels(height):
     torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
 
 
-def test_a_picture_of_16_bits_is_scaled_and_not_clipped():
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_a_picture_of_16_bits_is_scaled_and_not_clipped(mode):
     values = np.random.default_rng(0).integers(0, 256, (5, 7))
-    image = Image.fromarray((values * 257).astype(np.uint16))
-    assert image.mode == "I;16"
+    words = (values * 257).astype("<u2" if mode == "I;16" else ">u2")
+    image = Image.frombytes(mode, values.shape[::-1], words.tobytes())
     expected = original_pixels(Image.fromarray(values.astype(np.uint8)), SIZE)
     pixels = PROCESSOR(images=image, text="<image>", return_tensors="pt").pixel_values
     np.testing.assert_allclose(pixels[0].numpy(), expected, atol=1e-5)
