@@ -5,8 +5,9 @@
 
 The file has the format of `sha256sum`, which checks it too: `sha256sum --check SHA256SUMS`. It names each file under
 the folder; in a git checkout, each that git tracks. A check fails if a file differs, is missing, or is not named, and
-runs nothing that lies in the folder. What the Hub, its client and git add is left out, and so is a subfolder with a
-SHA256SUMS of its own, such as an adapter's.
+runs nothing that lies in the folder. What the Hub, its client, git and a virtual environment (.venv) add is left out,
+and so is a subfolder with a SHA256SUMS of its own, such as an adapter's, but for code in it. Compiled files of
+`__pycache__`, which Python reads in place of their sources, are not compared: a check counts them.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 NAME = "SHA256SUMS"
 LEFT_OUT = (".gitattributes", ".cache", ".git", ".venv")  # of the Hub, its client, git and Python
+CODE = (".py", ".pyc", ".pyd", ".so")  # what an import finds
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -53,7 +55,7 @@ def check_files(folder: Path, names: list[str]) -> None:
         ValueError: a name has a line break, a link leads out of the folder, or something is no file.
     """
     for name in names:
-        if "\n" in name:
+        if len(name.splitlines()) != 1:
             raise ValueError(f"{name!r} has a line break in its name, which {NAME} cannot hold.")
         if leads_out(folder, folder / name):
             raise ValueError(f"{name} is a link that leaves the folder {folder}.")
@@ -62,8 +64,9 @@ def check_files(folder: Path, names: list[str]) -> None:
 
 
 def _is_apart(folder: Path, path: Path) -> bool:
-    is_left_out = path.parts[0] in LEFT_OUT or path.parent.name == "__pycache__"
-    return is_left_out or any((folder / parent / NAME).is_file() for parent in path.parents[:-1])
+    if path.parts[0] in LEFT_OUT or path.parent.name == "__pycache__":
+        return True
+    return path.suffix not in CODE and any((folder / parent / NAME).is_file() for parent in path.parents[:-1])
 
 
 def compute_checksums(files: dict[str, Path]) -> dict[str, str]:
@@ -144,12 +147,14 @@ def main(arguments: list[str] | None = None) -> int:
         if args.check:
             number, faults = find_faults(args.folder)
             print("\n".join([*faults, f"{number} files compared, {len(faults)} faults"]))
+            if compiled := sum(1 for _ in args.folder.rglob("__pycache__/*.pyc")):
+                print(f"{compiled} compiled files in __pycache__ were not: remove them, and Python makes them anew")
             return int(bool(faults))
         write_checksums(args.folder)
-    except ValueError as error:
+        print(f"{path}: {len(read_checksums(path))} files")
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{path}: {len(read_checksums(path))} files")
     return 0
 
 

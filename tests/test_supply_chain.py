@@ -195,12 +195,38 @@ def test_links_to_folders_and_to_nothing_are_not_overlooked(release, tmp_path_fa
     assert "with space.txt is no file, or a link to none" in capsys.readouterr().err
 
 
+def test_code_in_a_folder_with_checksums_of_its_own_is_not_overlooked(release, capsys):
+    (release / "torch").mkdir()
+    (release / "torch" / "__init__.py").write_text("")
+    (release / "torch" / "README.md").write_text("")
+    (release / "torch" / "SHA256SUMS").write_text("")
+    assert checksums.main([str(release), "--check"]) == 1
+    output = capsys.readouterr().out
+    assert "torch/__init__.py: not named in SHA256SUMS\n" in output
+    assert "README" not in output
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\u2028b"])
+def test_a_name_that_a_line_cannot_hold_is_refused(release, name, capsys):
+    (release / name).write_text("")
+    assert checksums.main([str(release)]) == 1
+    assert "has a line break in its name" in capsys.readouterr().err
+
+
+def test_a_checkout_that_git_refuses_is_told_in_a_sentence(release, capsys):
+    (release / ".git").mkdir()
+    assert checksums.main([str(release)]) == 1
+    assert "git" in capsys.readouterr().err
+
+
 def test_what_python_leaves_behind_is_no_fault_and_torch_is_not_needed(release):
     (release / "sub" / "__pycache__").mkdir()
     (release / "sub" / "__pycache__" / "code.cpython-311.pyc").write_bytes(b"")
     program = "import sys; sys.modules['torch'] = None; sys.path[:0] = sys.argv[1:2]; from scripts import checksums; "
     program += "sys.exit(checksums.main([sys.argv[2], '--check']))"
-    subprocess.run([sys.executable, "-c", program, str(ROOT), str(release)], check=True)
+    command = [sys.executable, "-c", program, str(ROOT), str(release)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "1 compiled files in __pycache__ were not: remove them" in result.stdout
 
 
 def test_nothing_is_written_through_a_link(release, tmp_path, capsys):
