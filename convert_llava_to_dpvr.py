@@ -410,8 +410,10 @@ def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
     try:
         analyzed, layer = results["settings"]["num_hidden_layers"], results["recommendation"]["saturation_layer"]
         reason = results["recommendation"]["reason"]
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ConversionError(f"{path} is not a result of analyze_saturation.py: it has no {error}.") from error
+    except TypeError as error:
+        raise ConversionError(f"{path} is not a result of analyze_saturation.py.") from error
     if analyzed != num_layers:
         raise ConversionError(f"{path} is about a decoder of {analyzed} layers, but the source has {num_layers}.")
     if layer is None:
@@ -631,6 +633,8 @@ def main(arguments: list[str] | None = None) -> int:
         options |= {"source": str(HERE / "examples" / "tiny-llava"), "output": Path("dpvr-tiny")}
     if options["output"] is None:
         parser.error("the following arguments are required: output")
+    if private and not repo:
+        parser.error("--private is for --push-to-hub")
     if repo:
         try:
             validate_repo_id(repo)

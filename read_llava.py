@@ -102,8 +102,11 @@ def refusing(what: str):
 def resolve_folder(name: str, revision: str | None = None) -> Path:
     """The folder `name`, or a local copy of the Hub repository `name` without its weights."""
     if Path(name).is_dir():
+        if revision is not None:
+            raise ConversionError(f"--revision {revision} is of a source on the Hub, but {name} is a folder.")
         return Path(name).resolve()
     texts = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    _download(name, revision, ["additional_chat_templates/*.jinja"], ignored=None)
     return _download(name, revision, texts)
 
 
@@ -116,9 +119,9 @@ def fetch_weights(name: str, revision: str | None, folder: Path) -> None:
                 return
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str], ignored: str | None = "*/*") -> Path:
     with refusing(f"{name!r} is neither a folder nor a Hub repository that can be read"):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def rename(key: str, names: list[tuple[str, str | None]]) -> str | None:
@@ -186,7 +189,7 @@ def _from_pretrained(auto_class, name: str | Path, what: str, **options):
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
 
 
-def own_template(processor) -> str | None:
+def own_template(processor) -> str | dict[str, str] | None:
     """The chat template of a checkpoint, or that of its tokenizer, made to take images where it takes text alone.
 
     None where there is none, or it is the one that llava-hf published with LLaVA-1.5: the right turns, but without
@@ -204,7 +207,7 @@ def own_template(processor) -> str | None:
             if prompt == "USER: <image>\n? ASSISTANT:":
                 return None
             if "<image>" in prompt:
-                return candidate if prefix else template
+                return {**template, "default": candidate} if isinstance(template, dict) else candidate
     return processor.chat_template
 
 

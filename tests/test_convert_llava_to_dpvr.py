@@ -213,6 +213,40 @@ def test_the_template_of_a_tokenizer_is_kept_and_takes_images(tmp_path, layout):
     )
 
 
+def test_other_templates_stay_beside_one_that_is_made_to_take_images(tmp_path):
+    source = write_llava_hf(tmp_path / "llava", make_llava())
+    (source / "chat_template.jinja").write_text(CHATML)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ 'rag' }}")
+    convert(source, tmp_path / "dpvr")
+    templates = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True).chat_template
+    assert templates["rag"] == "{{ 'rag' }}"
+    assert templates["default"].endswith(CHATML)
+    assert templates["default"] != CHATML
+
+
+def test_of_a_hub_source_its_named_templates_are_fetched_too(tmp_path, monkeypatch):
+    files = ["config.json", "additional_chat_templates/rag.jinja", "sub/config.json", "model.safetensors"]
+    fetched = []
+
+    def fetch(name, revision, **patterns):
+        fetched.extend(filter_repo_objects(files, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(read_llava, "snapshot_download", fetch)
+    read_llava.resolve_folder("org/llava")
+    assert sorted(fetched) == ["additional_chat_templates/rag.jinja", "config.json"]
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path, capsys):
+    source = str(write_llava_hf(tmp_path / "llava", make_llava()))
+    assert main([source, str(tmp_path / "dpvr"), "--revision", "main"]) == 1
+    assert "--revision main is of a source on the Hub, but" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([source, str(tmp_path / "dpvr"), "--private"])
+    assert "--private is for --push-to-hub" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_template_that_writes_the_start_itself_gives_one_start(tmp_path, adds_bos):
     source = write_original(tmp_path / "llava", make_llava())
