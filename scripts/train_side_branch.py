@@ -15,8 +15,10 @@ Everything else is transformers' Trainer: every option of its TrainingArguments 
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -107,6 +109,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         (training_arguments,) = trainer_parser.parse_args_into_dataclasses(rest)
     except ValueError as error:  # options that exclude each other, or that this machine does not have
         parser.error(str(error))
+    if options.eval_rows < 0:
+        parser.error(f"--eval-rows {options.eval_rows}: give a number of rows")
     if last_checkpoint(options.output) and not options.resume:
         parser.error(
             f"--output {options.output} holds checkpoints of an earlier run: pass --resume, or another folder"
@@ -135,7 +139,9 @@ def load(options: argparse.Namespace, arguments: TrainingArguments):
         model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=dtype)
         processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     else:
-        model = from_llava(options.model, saturation_layer=options.saturation_layer, dtype=dtype)
+        # The side branch is in no file, and the processes that leave reading to the first would not make it
+        with mock.patch.dict(os.environ, FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            model = from_llava(options.model, saturation_layer=options.saturation_layer, dtype=dtype)
         processor = processor_from_llava(options.model)
     if model.dtype != torch.float32 and not (arguments.bf16 or arguments.fp16):
         raise ValueError(
@@ -246,6 +252,9 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         trainer.evaluate()
     record = record_of(options, arguments, trainer, model, data)
     finish(options, trainer, model, record)
+    if arguments.world_size > 1:  # one that ends earlier would take down the one that writes
+        trainer.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
     return record
 
 

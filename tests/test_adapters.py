@@ -25,6 +25,7 @@ from training.adapters import (
     load_adapter,
     merge_adapter,
     save_adapter,
+    train_in_float32,
 )
 from training.trainer import count_trainable
 
@@ -335,6 +336,17 @@ def test_a_merged_adapter_saves_an_ordinary_checkpoint_that_loads_without_peft(s
     loaded = DPVRForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded), logits(merged))
     assert loaded.state_dict().keys() == make_base().state_dict().keys()
+
+
+def test_what_is_merged_right_after_training_computes_in_the_type_of_the_base():
+    """Also the modules that a user's config keeps whole, which are trained in float32."""
+    lora = LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["multi_modal_projector", "lm_head"])
+    model = add_adapter(make_base().to(torch.bfloat16), lora)
+    train_in_float32(model)
+    assert model.get_base_model().lm_head.modules_to_save["default"].weight.dtype == torch.float32
+    merged = merge_adapter(model)
+    assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
+    assert logits(merged).isfinite().all()
 
 
 def test_training_goes_on_from_a_saved_adapter(saved):

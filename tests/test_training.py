@@ -637,6 +637,10 @@ def test_rows_of_like_length_are_grouped_without_being_loaded(embedded, pictures
     monkeypatch.setattr(ConversationDataset, "load", lambda self, number: loaded.append(number) or load(self, number))
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "data", *options)) == 0
     assert len(loaded) <= 5  # of ten rows: the first one as a check, the batch, and the next one ahead of time
+    loaded.clear()
+    options += ("--eval-rows", 2)
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "evaluated", *options)) == 0
+    assert len(loaded) <= 10  # and both that are held back, at either evaluation, the first as a check
     options += ("--cache-features", tmp_path / "features")
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "cached", *options)) == 0
 
@@ -692,6 +696,7 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         ("--resume_from_checkpoint", tmp_path): "is --resume here",
         ("--gradient_checkpointing_kwargs", '{"use_reentrant": true}'): "needs inputs that train",
         ("--fp16",): "--fp16 needs a GPU",
+        ("--eval-rows", -3): "--eval-rows -3: give a number of rows",
         ("--bf16", "--fp16"): "",  # which TrainingArguments refuses
     }.items():
         with pytest.raises(SystemExit) as status:
@@ -844,6 +849,7 @@ SHARDED = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from accelerate_on_cpu import take_cpus_for_gpus
 
@@ -855,7 +861,10 @@ save_model = SideBranchTrainer.save_model
 
 
 def save_sharded_model(trainer, *args, **kwargs):
-    assert all(isinstance(weight, DTensor) for weight in trainable(trainer.model).values())
+    layers = [part for part in trainer.model.modules() if type(part).__name__.endswith("LlamaDecoderLayer")]
+    assert layers and all(isinstance(layer, FSDPModule) for layer in layers)  # each gathered by itself
+    if not trainer.eval_dataset:  # behind an evaluation, weights of no layer are still gathered
+        assert all(isinstance(weight, DTensor) for weight in trainable(trainer.model).values())
     save_model(trainer, *args, **kwargs)
 
 
@@ -864,24 +873,35 @@ sys.exit(train_side_branch.main())
 """
 
 
-@pytest.mark.parametrize("options", [(), ("--loss", "distill", "--whole-fusion")], ids=" ".join)
-def test_accelerates_fsdp2_trains_and_resumes_as_one_process_does(embedded, pictures, tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "variables"),
+    [
+        ((), {}),
+        (("--loss", "distill", "--whole-fusion"), {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        (("--lora", "fusion"), {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        (("--eval-rows", "2", "--eval_steps", "1"), {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}),
+    ],
+    ids=["", "checkpointing, all of fusion", "checkpointing, LoRA", "evaluation, a LLaVA as it is"],
+)
+def test_accelerates_fsdp2_trains_and_resumes_as_one_process_does(embedded, pictures, tmp_path, options, variables):
     """With the variables that `accelerate launch --use_fsdp` sets."""
-    one, sharded = tmp_path / "one", tmp_path / "sharded"
+    one, sharded, base = tmp_path / "one", tmp_path / "sharded", embedded
     options += ("--max_steps", 4, "--save_steps", 2)
-    assert train_side_branch.main(train(embedded, pictures, one, *options)) == 0
+    if "FSDP_CPU_RAM_EFFICIENT_LOADING" in variables:
+        base, options = ROOT / "examples" / "tiny-llava", (*options, "--saturation-layer", 3)
+    assert train_side_branch.main(train(base, pictures, one, *options)) == 0
     program = tmp_path / "program.py"
     program.write_text(SHARDED.format(root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
-    command += train(embedded, pictures, sharded, *options, "--per_device_train_batch_size", 1)
+    command += train(base, pictures, sharded, *options, "--per_device_train_batch_size", 1)
     command.remove("--use_cpu")
     environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"}
-    environment["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
     written = []
     for resume in ([], ["--resume"]):
         result = subprocess.run(
             [*command, *resume],
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **variables},
             capture_output=True,
             text=True,
             timeout=300,

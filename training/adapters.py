@@ -330,9 +330,15 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     base = base_name(base)
     dtype = dtype or _backbone_dtype(model)
-    weights = get_peft_model_state_dict(model, state_dict, adapter_name=name, save_embedding_layers=False)
+    given = model.state_dict() if state_dict is None else state_dict
+    # PEFT looks for some by the names that a state dict has, for others by those with wrappers in them
+    wrapped = {plain_name(key): key for key, _ in model.named_parameters()}
+    given = {**given, **{wrapped[key]: weight for key, weight in given.items() if key in wrapped}}
+    weights = get_peft_model_state_dict(model, given, adapter_name=name, save_embedding_layers=False)
+    if not weights:
+        raise AdapterError(f"The adapter {name!r} holds no weights to save.")
     weights = {
-        key: (weight.to(dtype) if branch_name(key) or ".ln_tuning_layers." in key else weight)
+        plain_name(key): (weight.to(dtype) if branch_name(key) or ".ln_tuning_layers." in key else weight)
         .detach()
         .cpu()
         .clone(memory_format=torch.contiguous_format)
@@ -355,6 +361,11 @@ def save_adapter(
         Path(staging, WEIGHTS_FILE).chmod(mode)  # safetensors makes files for the owner only
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(staging, file), folder / file)
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight without what activation checkpointing of FSDP puts into it."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def base_name(base: str) -> str:
@@ -483,7 +494,8 @@ def merge_adapter(model: PeftModel, name: str | None = None) -> PreTrainedModel:
     dtype = _backbone_dtype(model)
     if name is not None:
         model.set_adapter(name, inference_mode=True)
-    kind = type(model.peft_config[model.active_adapter]).__name__
+    config = model.peft_config[model.active_adapter]
+    kind, replaced = type(config).__name__, tuple(getattr(config, "modules_to_save", None) or ())
     try:
         merged = model.merge_and_unload()
     except AttributeError as error:  # of tuners whose merging forgets modules_to_save
@@ -491,8 +503,10 @@ def merge_adapter(model: PeftModel, name: str | None = None) -> PreTrainedModel:
             f"PEFT cannot merge a {kind} beside a side branch. Use load_adapter, without merging."
         ) from error
     merged.model.side_branch.to(dtype)
-    for layer in merged.model.language_model.layers[merged.config.first_fusion_layer :]:
-        for weight in layer.parameters():
+    parts = list(merged.model.language_model.layers[merged.config.first_fusion_layer :])
+    parts += [part for key, part in merged.named_modules() if key.endswith(replaced)] if replaced else []
+    for part in parts:
+        for weight in part.parameters():
             if weight.dtype == torch.float32:  # in which an adapter is trained; quantized weights stay as they are
                 weight.data = weight.data.to(dtype)
     return merged

@@ -114,6 +114,12 @@ class StagedModel(nn.Module):
         """The module that the model's class comes from, which is remote code and has no name to import it by."""
         return sys.modules[type(self.core).__module__]
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Of the model's, those that it has: accelerate shards each of them by itself."""
+        present = {type(module).__name__ for module in self.modules()}
+        return sorted(present & set(self.base._no_split_modules))
+
     def activation_checkpointing_enable(self, **kwargs) -> None:
         """For the Trainer's `--gradient_checkpointing`."""
         self.base.activation_checkpointing_enable(**kwargs)

@@ -11,20 +11,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from training.adapters import check_trained_for, describe_training
+from training.adapters import check_trained_for, describe_training, plain_name
 
 TRAINED_WEIGHTS = "trained.safetensors"
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that train, by names that wrappers of FSDP and of checkpointing do not change."""
-    named = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
-    return {name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight in named}
+    return {plain_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def count_trainable(model: nn.Module) -> tuple[int, int, str]:
@@ -101,6 +101,10 @@ class SideBranchTrainer(Trainer):
         self.sampler = GroupedByLength(batch_size, dataset.lengths(), seed)
         return self.sampler
 
+    def _get_eval_sampler(self, eval_dataset):
+        """In order: to group rows, the Trainer would load them all."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
     def get_train_dataloader(self):
         """As the Trainer does. Accelerate tells a sampler the epoch, in several processes, if it was given it so."""
         loader = super().get_train_dataloader()
@@ -119,14 +123,15 @@ class SideBranchTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have no type for a full disk
             raise OSError(
                 f"The checkpoint of step {self.state.global_step} cannot be written below {self.args.output_dir}: "
-                f"{error}. Those before it are kept: make room and go on with --resume."
+                f"{error}. Those before it are kept: go on with --resume, once there is room if that is what lacks."
             ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         weights = {}
         for name, weight in trainable(self.model).items():  # every process: a sharded weight is gathered from all
             weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            weights[name] = weight.detach().cpu().contiguous()
+            # A copy: of a weight that FSDP has gathered, the storage goes with the next state_dict
+            weights[name] = weight.detach().cpu().clone(memory_format=torch.contiguous_format)
         metadata = {"format": "pt", **self.facts, **describe_training(self.model.base)}
         metadata["seconds"] = str(self.seconds_trained())
         if self.args.should_save:
@@ -147,7 +152,7 @@ class SideBranchTrainer(Trainer):
                 differing = sorted(stored ^ set(expected))
                 raise ValueError(
                     f"{path} holds {len(stored)} weights, but {len(expected)} train in this run; {differing[0]} is in "
-                    "only one of the two. Resume with the --lora or --peft-config that the run began with."
+                    "only one of the two. Resume with the --whole-fusion, --lora or --peft-config of its beginning."
                 )
             stated = file.metadata()
             check_trained_for(path, stated, self.model.base)
