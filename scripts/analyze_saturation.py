@@ -193,7 +193,8 @@ def render(processor, sample: Sample) -> tuple[str, str | None]:
     content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.question}]
     messages = [{"role": "user", "content": content}]
     has_own = getattr(processor, "chat_template", None)
-    template = {} if has_own else {"chat_template": own_template(processor) or CHAT_TEMPLATE}
+    own = None if has_own else own_template(processor) or CHAT_TEMPLATE
+    template = {} if has_own else {"chat_template": own["default"] if isinstance(own, dict) else own}
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **template)
     if sample.answer is None:
         return prompt, None
@@ -211,6 +212,8 @@ def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:
     try:
         images = [x if isinstance(x, Image.Image) else Image.open(x).convert("RGB") for x in sample.images]
         prompt, full = render(processor, sample)
+        if with_answer and full is None:
+            raise ValueError("it has no answer, which --answers needs")
         inputs = processor(images=images, text=prompt, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         if with_answer:

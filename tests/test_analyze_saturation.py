@@ -2,6 +2,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The saturation analysis: its metrics against slow direct computations, its rule, its command, and who reads it."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -793,6 +794,8 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
     model.config.text_config.sliding_window = 50
     with pytest.raises(rule.AnalysisError, match=r"Sample 0: \d+ tokens exceed text_config.sliding_window=50"):
         analysis.make_prompt(model, processor, sample, with_answer=False)
+    with pytest.raises(rule.AnalysisError, match="Sample 0: it has no answer, which --answers needs"):
+        analysis.make_prompt(model, processor, dataclasses.replace(sample, answer=None), with_answer=True)
 
 
 def test_the_picture_under_the_map_is_what_the_vision_tower_sees():
