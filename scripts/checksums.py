@@ -147,8 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.check:
             number, faults = find_faults(args.folder)
             print("\n".join([*faults, f"{number} files compared, {len(faults)} faults"]))
-            if compiled := sum(1 for _ in args.folder.rglob("__pycache__/*.pyc")):
-                print(f"{compiled} compiled files in __pycache__ were not: remove them, and Python makes them anew")
+            compiled = (path.relative_to(args.folder) for path in args.folder.rglob("__pycache__/*.pyc"))
+            if number := sum(name.parts[0] not in LEFT_OUT for name in compiled):
+                print(f"{number} compiled files in __pycache__ were not: remove them, and Python makes them anew")
             return int(bool(faults))
         write_checksums(args.folder)
         print(f"{path}: {len(read_checksums(path))} files")
