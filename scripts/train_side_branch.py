@@ -15,13 +15,12 @@ Everything else is transformers' Trainer: every option of its TrainingArguments 
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 import transformers
+from accelerate.utils import patch_environment
 from peft import PeftConfig
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
@@ -140,7 +139,7 @@ def load(options: argparse.Namespace, arguments: TrainingArguments):
         processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     else:
         # The side branch is in no file, and the processes that leave reading to the first would not make it
-        with mock.patch.dict(os.environ, FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             model = from_llava(options.model, saturation_layer=options.saturation_layer, dtype=dtype)
         processor = processor_from_llava(options.model)
     if model.dtype != torch.float32 and not (arguments.bf16 or arguments.fp16):

@@ -47,8 +47,8 @@ def on_gpu(model):
     return copy.deepcopy(model).to(GPU)
 
 
-def to_gpu(batch):
-    return {name: value.to(GPU) for name, value in batch.items() if value is not None}
+def to(device, batch):
+    return {name: value.to(device) for name, value in batch.items() if value is not None}
 
 
 def step_after(batch):
@@ -60,17 +60,18 @@ def step_after(batch):
 def prefill_and_step(model, batch):
     """Logits of the tokens of a prompt, padding left out, of one token after it, and of its last column alone, where
     the side branch, whose keys nobody keeps, runs beside the text-only layers."""
-    to = to_gpu if model.device.type == "cuda" else lambda x: {k: v for k, v in x.items() if v is not None}
-    outputs = model(**to(batch), use_cache=True)
-    step = model(**to(step_after(batch)), past_key_values=outputs.past_key_values).logits
-    alone = model(**to(batch), use_cache=False, logits_to_keep=1).logits.cpu()[batch["attention_mask"][:, -1].bool()]
+    given, following = (to(model.device, each) for each in (batch, step_after(batch)))
+    outputs = model(**given, use_cache=True)
+    step = model(**following, past_key_values=outputs.past_key_values).logits
+    alone = model(**given, use_cache=False, logits_to_keep=1).logits.cpu()[batch["attention_mask"][:, -1].bool()]
     logits = [outputs.logits.cpu()[batch["attention_mask"].bool()], step.cpu()[:, 0], alone[:, 0]]
     return torch.cat(logits).float()
 
 
 def generate(model, batch, **options):
-    batch = to_gpu(batch) if model.device.type == "cuda" else {k: v for k, v in batch.items() if v is not None}
-    return model.generate(**batch, **{"max_new_tokens": NUM_NEW, "do_sample": False, **options}).cpu()
+    return model.generate(
+        **to(model.device, batch), **{"max_new_tokens": NUM_NEW, "do_sample": False, **options}
+    ).cpu()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
@@ -142,11 +143,11 @@ def count_waits(function):
 def test_the_host_waits_for_the_device_no_more_often_than_in_llava(on_gpu, rows):
     batch, waits = make_batch(rows), []
     for model in (make_llava(0, TEXT).to(GPU), on_gpu):
-        inputs = to_gpu(batch)
+        inputs = to(GPU, batch)
         features = {"image": model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
         if model is not on_gpu:
             inputs.pop("mm_token_type_ids")
-        step = to_gpu(step_after(batch))
+        step = to(GPU, step_after(batch))
         model(**inputs, mm_encoder_outputs=features)  # libraries start
         num_prefill, outputs = count_waits(lambda m=model, x=inputs, f=features: m(**x, mm_encoder_outputs=f))
         cache = outputs.past_key_values
@@ -163,7 +164,7 @@ def test_the_side_branch_beside_the_text_only_layers_gives_the_logits_of_one_aft
     model = make_dpvr(0, wide).to(GPU)
     routing, used = sys.modules[type(model).__module__], []
     make_stream = routing.side_cuda_stream
-    batches = [to_gpu(make_batch(["t" * 9 + "I" * 60, "tI" * 30 + "t"] * 4, seed=seed)) for seed in range(4)]
+    batches = [to(GPU, make_batch(["t" * 9 + "I" * 60, "tI" * 30 + "t"] * 4, seed=seed)) for seed in range(4)]
 
     def logits(batch):
         with torch.no_grad():
@@ -228,7 +229,7 @@ def test_a_model_half_on_the_cpu_gives_the_same_logits(model, tmp_path):
 def test_train_gradients_are_those_of_the_cpu(loss):
     batch = training_batch()
     expected_loss, expected = gradients(staged(loss), batch)
-    actual_loss, actual = gradients(staged(loss).to(GPU), to_gpu(batch))
+    actual_loss, actual = gradients(staged(loss).to(GPU), to(GPU, batch))
     assert actual_loss == pytest.approx(expected_loss, abs=1e-4)
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name].cpu(), gradient, atol=1e-4, rtol=1e-3)

@@ -504,7 +504,7 @@ def merge_adapter(model: PeftModel, name: str | None = None) -> PreTrainedModel:
         ) from error
     merged.model.side_branch.to(dtype)
     parts = list(merged.model.language_model.layers[merged.config.first_fusion_layer :])
-    parts += [part for key, part in merged.named_modules() if key.endswith(replaced)] if replaced else []
+    parts += [part for key, part in merged.named_modules() if key.endswith(replaced)]
     for part in parts:
         for weight in part.parameters():
             if weight.dtype == torch.float32:  # in which an adapter is trained; quantized weights stay as they are
