@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from configuration_dpvr import ROUTING, DPVRConfig
-from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, check_dtype, read_json, read_safetensors
+from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, check_dtype, read_safetensors
 
 SHAPE = (
     "model_type",
@@ -130,11 +130,9 @@ def adapter_file(adapter: str) -> Path:
 
 
 def adapter_saturation_layer(path: Path) -> int | None:
-    """The saturation layer that an adapter was trained at, if its metadata or adapter_config.json states it."""
+    """The saturation layer that an adapter was trained at, if its metadata states it."""
     stated = read_safetensors(path)[1].get("saturation_layer")
-    if stated is None and (path.parent / "adapter_config.json").is_file():
-        stated = read_json(path.parent / "adapter_config.json").get("saturation_layer")
-    if stated is not None and not re.fullmatch(r"[0-9]{1,9}", str(stated)):
+    if stated is not None and not re.fullmatch(r"[0-9]{1,9}", stated):
         raise ConversionError(f"{path} states a saturation layer {stated!r}, which is no number.")
     return None if stated is None else int(stated)
 

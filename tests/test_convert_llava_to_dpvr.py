@@ -492,14 +492,10 @@ def test_adapter_replaces_the_initialisation(tmp_path, source, prefix, as_folder
     assert "untrained" not in (tmp_path / "dpvr" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("where", ["metadata", "adapter_config.json"])
-def test_saturation_layer_of_an_adapter(tmp_path, source, where):
+def test_saturation_layer_of_an_adapter(tmp_path, source):
     (tmp_path / "adapter").mkdir()
-    metadata = {"saturation_layer": "4"} if where == "metadata" else None
     tensors = {f"model.side_branch.{key}": tensor for key, tensor in trained_branch().items()}
-    save_file(tensors, tmp_path / "adapter" / "side_branch.safetensors", metadata=metadata)
-    if where != "metadata":
-        (tmp_path / "adapter" / where).write_text('{"saturation_layer": 4}')
+    save_file(tensors, tmp_path / "adapter" / "side_branch.safetensors", metadata={"saturation_layer": "4"})
     with pytest.raises(ConversionError, match="saturation layer 4, but 3 was asked for"):
         convert(source, tmp_path / "dpvr", adapter=tmp_path / "adapter", saturation_layer=3)
     assert convert(source, tmp_path / "dpvr", adapter=tmp_path / "adapter").saturation_layer == 4
