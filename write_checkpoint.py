@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import shutil
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
+from xxhash import xxh3_128
 
 from read_weights import (
     PIECE_BYTES,
@@ -336,15 +336,15 @@ class ShardWriter:
         if self.finishing is not None:
             self.finishing.result()
 
-    def _write_tensor(self, file: BinaryIO, weight: Weight) -> int:
+    def _write_tensor(self, file: BinaryIO, weight: Weight) -> str:
         """Returns the checksum of what came from the source."""
-        checksum = 0
+        checksum = xxh3_128()
         for piece in ahead(weight.pieces(self.dtype), self.reading):
             data = as_bytes(piece)
-            checksum = zlib.crc32(data, checksum)
+            checksum.update(data)
             write_all(file, data)
             self.advance(len(data))
-        return checksum
+        return checksum.hexdigest()
 
     def _check(self, path: Path, written: list["Written"]) -> Future:
         if len(self.checks) >= 2:
@@ -359,7 +359,7 @@ class Written:
 
     weight: Weight
     stored: StoredTensor
-    checksum: int
+    checksum: str
 
     def count_nonfinite(self) -> int:
         """Reads it back. Returns how many of its numbers are not finite.
@@ -367,15 +367,15 @@ class Written:
         Raises:
             ConversionError: naming file and key, if they are not what came from the source.
         """
-        checksum, count = 0, 0
+        checksum, count = xxh3_128(), 0
         for piece in self.stored.pieces():
-            checksum = zlib.crc32(as_bytes(piece), checksum)
+            checksum.update(as_bytes(piece))
             if not is_finite(piece):
                 count += int((~piece.isfinite()).sum())
-        if checksum != self.checksum:
+        if checksum.hexdigest() != self.checksum:
             raise ConversionError(
                 f"{self.weight.name} in {self.stored.path.name} differs from its source ({self.weight.origin}) when "
-                f"read back: checksum {checksum:08x}, not {self.checksum:08x}. Is the disk sound?"
+                f"read back: checksum {checksum.hexdigest()}, not {self.checksum}. Is the disk sound?"
             )
         return count
 
@@ -477,24 +477,24 @@ def _file_pieces(path: Path) -> Iterator[memoryview]:
             yield buffer[:count]
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
+def _checksum(path: Path) -> str:
+    checksum = xxh3_128()
     for data in _file_pieces(path):
-        checksum = zlib.crc32(data, checksum)
-    return checksum
+        checksum.update(data)
+    return checksum.hexdigest()
 
 
-def _copy_file(path: Path, target: Path) -> int:
+def _copy_file(path: Path, target: Path) -> str:
     """Returns the checksum of both."""
-    written, checksum = target.with_name(target.name + ".tmp"), 0
+    written, copied = target.with_name(target.name + ".tmp"), xxh3_128()
     with written.open("wb", buffering=0) as file:
         for data in _file_pieces(path):
-            checksum = zlib.crc32(data, checksum)
+            copied.update(data)
             write_all(file, data)
         os.fsync(file.fileno())
-    if (copy_checksum := _checksum(written)) != checksum:
+    if (checksum := _checksum(written)) != copied.hexdigest():
         raise ConversionError(
-            f"The copy of {path} differs from it when read back: checksum {copy_checksum:08x}, not {checksum:08x}."
+            f"The copy of {path} differs from it when read back: checksum {checksum}, not {copied.hexdigest()}."
         )
     os.replace(written, target)
     return checksum

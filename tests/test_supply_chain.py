@@ -117,7 +117,7 @@ def test_the_check_covers_the_files_that_travel_with_a_checkpoint():
 def test_every_requirement_has_a_lowest_version_and_no_highest():
     versions = lowest_versions.lowest_versions(ROOT / "requirements.txt")
     packages = {"torch", "transformers", "safetensors", "huggingface_hub", "jinja2", "pillow", "tqdm"}
-    assert set(versions) == packages | {"sentencepiece", "protobuf"}
+    assert set(versions) == packages | {"sentencepiece", "protobuf", "xxhash"}
     assert versions["transformers"] == "5.23.0"
 
 
