@@ -42,11 +42,27 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, LlavaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configuration_dpvr lies beside this folder
 
 from configuration_dpvr import ROUTING, DPVRConfig, proportional_layer
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter, which by itself takes the attention kernels of CPUs for nothing."""
+
+    def forward(query, key, value, *args, **kwargs) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad, query, key, value, *args, **kwargs) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={forward_kernel: forward, backward_kernel: backward})
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
@@ -46,7 +45,7 @@ from transformers.initialization import no_init_weights
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.accounting import dense_config
+from benchmarks.accounting import dense_config, flop_counter
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
 from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
@@ -178,7 +177,7 @@ def measure(kind: str, args) -> dict:
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         seconds = [step(model, batches, batch, optimizer, trained, args) for _ in range(args.warmup + args.steps)]
         peak = peak_bytes(args)
-        with FlopCounterMode(display=False) as counter:  # last: what checkpointing recomputes, it keeps in memory
+        with flop_counter() as counter:  # last: what checkpointing recomputes, it keeps in memory
             step(model, batches, batch, optimizer, trained, args)
     return {
         "seconds": seconds[args.warmup :],
@@ -313,24 +312,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         args.vision_tokens, args.text_tokens = map(int, args.tokens.split("+"))
     except ValueError:
         parser.error(f"--tokens {args.tokens}: give vision and text tokens, such as 576+64")
+    if min(args.rounds, args.steps) < 1:
+        parser.error(f"--rounds {args.rounds} --steps {args.steps}: give at least 1 of each")
     return args
 
 
-def main() -> None:
-    args = parse_args()
-    if args.child:
-        print(json.dumps(measure(args.child, args)))
-        return
-    runs: dict[str, list[dict]] = {kind: [] for kind in args.kinds}
-    for turn in range(args.rounds):
-        for kind in args.kinds:
-            runs[kind].append(in_child(kind, sys.argv[1:]))
-            shown = runs[kind][-1]
-            print(
-                f"round {turn + 1}/{args.rounds} {kind:15} {statistics.median(shown['seconds']):8.3f} s  "
-                f"{shown['bytes_beyond_weights'] / 1e9:7.3f} GB beyond {shown['frozen_bytes'] / 1e9:.2f} of weights",
-                flush=True,
-            )
+def write_record(args, runs: dict[str, list[dict]]) -> dict:
+    """Writes what was measured so far to `--output`."""
     names = (
         "layers",
         "text_only",
@@ -352,6 +340,25 @@ def main() -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def main() -> None:
+    args = parse_args()
+    if args.child:
+        print(json.dumps(measure(args.child, args)))
+        return
+    runs: dict[str, list[dict]] = {}
+    for turn in range(args.rounds):
+        for kind in args.kinds:
+            shown = in_child(kind, sys.argv[1:])
+            runs.setdefault(kind, []).append(shown)
+            print(
+                f"round {turn + 1}/{args.rounds} {kind:15} {statistics.median(shown['seconds']):8.3f} s  "
+                f"{shown['bytes_beyond_weights'] / 1e9:7.3f} GB beyond {shown['frozen_bytes'] / 1e9:.2f} of weights",
+                flush=True,
+            )
+            record = write_record(args, runs)  # each at once: the next may be killed for its memory
     print(ratios(record))
     print(args.output)
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from tiny import DPVRConfig, DPVRForConditionalGeneration
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch import nn
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import accounting
@@ -15,6 +15,7 @@ from benchmarks.accounting import (
     cache_bytes,
     decode_flops,
     dense_config,
+    flop_counter,
     layer_flops,
     prefill_flops,
     prefill_loads,
@@ -72,15 +73,28 @@ def prompt(num_images: int, num_text: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def count(module, **inputs) -> int:
-    """FLOPs that torch counts; the counter does not know the attention kernel of CPUs by itself."""
-
-    def attention(query, key, value, *args, **kwargs):
-        return sdpa_flop_count(query, key, value)
-
-    kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+    """FLOPs that torch counts."""
+    with flop_counter() as counter:
         module(**inputs)
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 8), (1, 4, 64, 8)])
+def test_attention_and_its_backward_count_as_the_plain_products_do(shape):
+    counts = {}
+    for attention in ("fused", "plain"):
+        query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+        with flop_counter() as counter:
+            if attention == "fused":
+                output = nn.functional.scaled_dot_product_attention(query, key, value)
+            else:
+                output = (query @ key.transpose(-1, -2)).softmax(-1) @ value
+            forward = counter.get_total_flops()
+            output.sum().backward()
+        counts[attention] = forward, counter.get_total_flops() - forward
+    assert counts["fused"][0] == counts["plain"][0] > 0
+    # the fused backward computes the scores once more: five products for four
+    assert counts["fused"][1] * 4 == counts["plain"][1] * 5
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
