@@ -8,7 +8,8 @@ later layer and holds no key or value there. They differ in where, how many and 
 
     VTW (arXiv 2405.05803)           before layer K all vision tokens are dropped
     FastV (arXiv 2403.06764)         before layer K the share R of them that the last token of the prompt attended to
-                                     least in layer K - 1, by the mean of its heads
+                                     least in layer K - 1, by the mean of its heads; so the authors' code. Their
+                                     paper's text has all tokens of the prompt ask, which `fastv` does if told to
     PyramidDrop (arXiv 2410.17247)   before each of several layers a share of those that remain: the ones that the last
                                      token of the prompt attends to least by the query and keys of the layer to come
 
@@ -27,11 +28,11 @@ What it costs, one row, batch 1, V vision and T text tokens: layers after a drop
 the vision tokens that remain. To rank c tokens, the last token's query and scores are computed once more, and
 PyramidDrop computes keys of a layer that has not yet run (D hidden size, H heads and G key/value heads of size h):
 
-    query      2 * D * H * h
+    query      2 * D * H * h           times c where all tokens ask
     keys       2 * c * D * G * h       PyramidDrop only; FastV reads them from the cache
-    scores     2 * c * H * h
+    scores     2 * c * H * h           times c where all tokens ask
 
-Shapes: B batch, T tokens of the call, N tokens that remain, D hidden size.
+Shapes: B batch, T tokens of the call, N tokens that remain, Q tokens that ask, D hidden size.
 """
 
 import math
@@ -69,11 +70,13 @@ class Stage:
         layer: the first layer that no longer sees the dropped tokens, at least 1.
         share: of the row's image tokens, those that remain; never more than remained before.
         ranking_layer: whose attention ranks them: `layer - 1`, which has run, or `layer`, which has not.
+        all_ask: whether the attention that a token gets from all tokens of the prompt ranks it, not from the last.
     """
 
     layer: int
     share: float
     ranking_layer: int
+    all_ask: bool = False
 
     @property
     def ranks(self) -> bool:
@@ -89,9 +92,10 @@ def vtw(layer: int) -> tuple[Stage, ...]:
     return (Stage(layer, 0.0, layer - 1),)
 
 
-def fastv(layer: int, ratio: float) -> tuple[Stage, ...]:
-    """FastV: before `layer` (K) drop the share `ratio` (R) of the vision tokens that layer K - 1 attended to least."""
-    return (Stage(layer, 1.0 - ratio, layer - 1),)
+def fastv(layer: int, ratio: float, all_ask: bool = False) -> tuple[Stage, ...]:
+    """FastV: before `layer` (K) drop the share `ratio` (R) of the vision tokens that layer K - 1 attended to least:
+    its last token, or all of them."""
+    return (Stage(layer, 1.0 - ratio, layer - 1, all_ask),)
 
 
 def pyramid_drop(layers: tuple[int, ...], share: float) -> tuple[Stage, ...]:
@@ -102,29 +106,29 @@ def pyramid_drop(layers: tuple[int, ...], share: float) -> tuple[Stage, ...]:
 # Which tokens remain
 
 
-def last_token_attention(
+def attention_received(
     layer: nn.Module,
-    last_state: torch.Tensor,
-    last_rotary: tuple[torch.Tensor, torch.Tensor],
+    states: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
     keys: torch.Tensor,
     visible: torch.BoolTensor,
 ) -> torch.Tensor:
-    """Attention weights of one query, the mean over heads: `(B, N)`.
+    """Attention weights of Q queries, their sum, the mean over heads: `(B, N)`.
 
     Args:
         layer: decoder layer whose query projection is used.
-        last_state: `(B, 1, D)`, input of `layer` at the token that asks.
-        last_rotary: cosines and sines of its position, each `(B, 1, head_dim)`.
+        states: `(B, Q, D)`, input of `layer` at the tokens that ask.
+        rotary: cosines and sines of their positions, each `(B, Q, head_dim)`.
         keys: `(B, key/value heads, N, head_dim)`, rotated, of the same layer.
-        visible: `(B, N)`, False at padding and at tokens after the one that asks.
+        visible: `(B, Q, N)`, False at padding and at tokens after the one that asks.
     """
     attention = layer.self_attn
-    query = attention.q_proj(layer.input_layernorm(last_state))
-    query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    query, _ = apply_rotary_pos_emb(query, query, *last_rotary)
-    scores = query @ repeat_kv(keys, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
-    scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.float32).mean(1)[:, 0]
+    queries = attention.q_proj(layer.input_layernorm(states))
+    queries = queries.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    queries, _ = apply_rotary_pos_emb(queries, queries, *rotary)
+    scores = queries @ repeat_kv(keys, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
+    scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1, dtype=torch.float32).mean(1) * visible).sum(1)  # what padding asks counts nothing
 
 
 def project_keys(
@@ -341,7 +345,7 @@ class PrunedLlavaModel(LlavaModel):
         last_column: torch.LongTensor,
         cache: Cache,
     ) -> torch.Tensor:
-        """Attention that the prompt's last token pays to each of `tokens`, `(B, N)`.
+        """Attention that the prompt's last token, or all of it, pays to each of `tokens`, `(B, N)`.
 
         Args:
             layer_input, hidden_states: `(B, N, D)`, input and output of the layer before `stage.layer`.
@@ -349,13 +353,17 @@ class PrunedLlavaModel(LlavaModel):
         """
         layer = self.language_model.layers[stage.ranking_layer]
         visible = tokens.valid & (tokens.index <= last_column[:, None])
-        last = torch.where(visible, tokens.index, -1).argmax(1, keepdim=True)
+        asking = torch.arange(visible.shape[1], device=visible.device).expand_as(visible)
+        if not stage.all_ask:
+            asking = torch.where(visible, tokens.index, -1).argmax(1, keepdim=True)
         if stage.ranking_layer == stage.layer:
             states, keys = hidden_states, project_keys(layer, hidden_states, tokens.rotary)
         else:
             states, keys = layer_input, cache.layers[stage.ranking_layer].keys
-        last_rotary = tuple(take(x, last) for x in tokens.rotary)
-        return last_token_attention(layer, take(states, last), last_rotary, keys, visible)
+        is_earlier = tokens.index[:, None] <= tokens.index.gather(1, asking)[..., None]
+        asks = visible.gather(1, asking)[..., None]
+        rotary = tuple(take(x, asking) for x in tokens.rotary)
+        return attention_received(layer, take(states, asking), rotary, keys, is_earlier & asks & visible[:, None])
 
     def make_mask(
         self, hidden_states: torch.Tensor, slots: torch.Tensor | None, cache: Cache, layer_idx: int
@@ -448,7 +456,8 @@ def ranking_flops(config: LlavaConfig, stages: tuple[Stage, ...], vision_tokens:
         if not stage.ranks or stage.layer >= len(counts) or not counts[stage.layer - 1]:
             continue
         ranked = counts[stage.layer - 1] + text_tokens
-        flops += 2 * text.hidden_size * query_width + 2 * ranked * query_width
+        num_asking = ranked if stage.all_ask else 1
+        flops += num_asking * (2 * text.hidden_size * query_width + 2 * ranked * query_width)
         if stage.ranking_layer == stage.layer:
             flops += 2 * ranked * text.hidden_size * key_width
     return flops

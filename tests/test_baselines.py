@@ -29,6 +29,7 @@ METHODS = {
     "vtw": vtw(3),
     "fastv": fastv(2, 0.5),
     "fastv, most": fastv(1, 0.75),
+    "fastv, all ask": fastv(2, 0.5, all_ask=True),
     "pyramid": pyramid_drop((1, 3, 5), 0.5),
 }
 ROWS = ["tItt", "ttIItt", "ttt", "ItIt", "tI"]
@@ -73,7 +74,8 @@ def slow_row(llava, ids, features, stages, last):
     for i, layer in enumerate(decoder.layers):
         if i in stages:
             weights = before if stages[i].ranking_layer == i - 1 else attend(layer, states, remains)[1]
-            attention = weights[0, :, last].mean(0)
+            asking = torch.where(remains[: last + 1])[0] if stages[i].all_ask else torch.tensor([last])
+            attention = weights[0].mean(0)[asking].sum(0)
             left = sorted(torch.where(is_vision & remains)[0].tolist(), key=lambda j: -attention[j].item())
             kept = int(is_vision.sum() * stages[i].share)
             remains = remains.clone()
@@ -130,11 +132,12 @@ def test_a_row_of_a_padded_batch_gives_what_the_slow_direct_computation_gives_it
     layers=strategies.lists(strategies.integers(1, NUM_LAYERS), min_size=1, max_size=3, unique=True).map(sorted),
     share=strategies.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
     looks_ahead=strategies.booleans(),
+    all_ask=strategies.booleans(),
 )
 def test_any_stages_on_any_ragged_batch_match_the_slow_direct_computation(
-    llava, pruned, rows, layers, share, looks_ahead
+    llava, pruned, rows, layers, share, looks_ahead, all_ask
 ):
-    stages = tuple(Stage(layer, share ** (i + 1), layer - 1 + looks_ahead) for i, layer in enumerate(layers))
+    stages = tuple(Stage(layer, share ** (i + 1), layer - 1 + looks_ahead, all_ask) for i, layer in enumerate(layers))
     stages = tuple(stage for stage in stages if stage.layer < NUM_LAYERS)
     batch = inputs_of(rows)
     logits = run(pruned, stages, batch, logits_to_keep=1).logits[:, 0]
@@ -285,6 +288,7 @@ def test_stages_that_mean_nothing_are_refused(pruned, stages, message):
 COSTS = {
     "vtw": vtw(3),
     "fastv": fastv(2, 0.5),
+    "fastv, all ask": fastv(2, 0.5, all_ask=True),
     "pyramid": pyramid_drop((1, 2, 4), 0.5),
     "never": fastv(5, 0.5),
 }
