@@ -47,6 +47,7 @@ import digits as task
 from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
 from benchmarks.side_branch_seeds import (
+    check_weights,
     labelled,
     mean_interval,
     read_results,
@@ -58,7 +59,6 @@ from benchmarks.side_branch_seeds import train as train_side_branch
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from convert_llava_to_dpvr import convert
-from scripts.analyze_saturation import fingerprint
 from scripts.train_tiny_llava import LONG_BATCH, conversation_text, sample_batch, to_pixel_values, versions
 from training.adapters import add_adapter
 from training.staged import LOSSES, Features, StagedModel, predicts, split_rows
@@ -126,6 +126,7 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
     for layer in fractions(num_layers, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4):
         for ratio in FASTV_RATIOS:
             found[f"fastv/{layer}/{ratio}"] = fastv(layer, ratio)
+            found[f"fastv, all ask/{layer}/{ratio}"] = fastv(layer, ratio, all_ask=True)
     for shares in ((1 / 4, 1 / 2, 3 / 4), (1 / 8, 1 / 4, 1 / 2), (1 / 2, 5 / 8, 3 / 4)):
         layers = tuple(fractions(num_layers, *shares))
         for share in PYRAMID_SHARES:
@@ -420,16 +421,6 @@ def measure(name: str, args, record: dict) -> None:
         measure_routings(folder, groups[geometry], held_out, pool, args, cells, save)
 
 
-def check_weights(path: Path, result: dict, llava, folder: Path) -> None:
-    """Refuses to mix results of other weights with those of this run."""
-    weights = fingerprint(llava)
-    if result.setdefault("weights", weights) != weights:
-        raise SystemExit(
-            f"{path} has results of {folder.name} with weights of fingerprint {result['weights']}, but those of "
-            f"{folder} have {weights}: choose another --output, or delete it."
-        )
-
-
 def prompt_lengths(batches: list[Prepared]) -> dict[str, int]:
     """How many prompts have how many text tokens."""
     counts: Counter[int] = Counter()
@@ -608,6 +599,7 @@ FAMILIES = {
     "dpvr trained with fusion 2 fusion layers": ("tab:cyan", "P", "none", "DPVR, 2 fusion layers, trained too"),
     "vtw": ("tab:red", "s", "-", "VTW"),
     "fastv": ("tab:orange", "^", "none", "FastV"),
+    "fastv, all ask": ("tab:olive", "v", "none", "FastV, all tokens ask"),
     "pyramid": ("tab:green", "D", "none", "PyramidDrop"),
 }
 
@@ -671,7 +663,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "  python benchmarks/quality.py --models tiny-llava   the smaller LLaVA alone\n"
         "  python benchmarks/quality.py --report              table, verdict and plot of what is there so far\n"
         "  python benchmarks/quality.py --models tiny-llava --seeds 2 --questions 4 --steps 2 --pool 16 \\\n"
-        "      --output /tmp/quality.json --figure /tmp/quality.png\n",
+        "      --output /tmp/quality.json\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -686,9 +678,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=800, help="conversations to learn from (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
-    parser.add_argument("--figure", type=Path, default=FIGURE, help="default: %(default)s")
+    parser.add_argument("--figure", type=Path, help=f"default: beside --output; with that left out, {FIGURE}")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
+    args.figure = args.figure or (FIGURE if args.output == RESULTS else args.output.with_suffix(".png"))
     if args.report and not args.output.is_file():
         parser.error(f"there is no {args.output} to report on")
     for name in args.models:
@@ -706,6 +699,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     if args.report:
         record = json.loads(args.output.read_text())
+        record["models"] = {name: result for name, result in record["models"].items() if name in args.models}
     else:
         settings = {name: getattr(args, name) for name in SETTINGS}
         record = read_results(args.output, {"settings": settings, "models": {}})

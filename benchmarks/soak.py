@@ -218,7 +218,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="examples:\n  python benchmarks/soak.py\n"
-        "  python benchmarks/soak.py --calls 1320 --every 66 --output soak.json --figure soak.png\n\n"
+        "  python benchmarks/soak.py --calls 1320 --every 66 --output soak.json\n\n"
         "exit codes: 0 flat and constant, 1 memory grows or answers differ, 2 wrong arguments\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -234,9 +234,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-bytes-per-call", type=float, default=200, help="slope allowed (default: %(default)s)")
     parser.add_argument("--max-objects-per-call", type=float, default=0.01, help="default: %(default)s")
     results = ROOT / "benchmarks" / "results"
-    parser.add_argument("--output", type=Path, default=results / "soak.json", help="default: the committed file")
-    parser.add_argument("--figure", type=Path, default=ROOT / "figures" / "soak.png", help="default: likewise")
+    committed, figure = results / "soak.json", ROOT / "figures" / "soak.png"
+    parser.add_argument("--output", type=Path, default=committed, help="default: the committed file")
+    parser.add_argument("--figure", type=Path, help=f"default: beside --output; with that left out, {figure}")
     args = parser.parse_args(arguments)
+    args.figure = args.figure or (figure if args.output == committed else args.output.with_suffix(".png"))
     if args.every < 1 or args.calls < 2 * args.every:
         parser.error(f"--calls {args.calls} must be at least twice --every {args.every}, and both positive")
     for path in (args.output, args.figure):

@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quality, "methods", lambda num_layers: found)
     output = tmp_path / "quality.json"
     arguments = ["--models", "tiny-llava", "--questions", "1", "--steps", "1", "--pool", "16", "--batch-size", "2"]
-    arguments += ["--output", str(output), "--figure", str(tmp_path / "quality.png")]
+    arguments += ["--output", str(output)]  # the figure lies beside it
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--seeds", "1"])
     assert quality.main() == 0
     record = json.loads(output.read_text())
