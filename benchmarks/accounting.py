@@ -280,7 +280,7 @@ def _table(config: DPVRConfig, vision_tokens: int, text_tokens: int) -> str:
 def _load_config(checkpoint: str | None, saturation_layer: int | None) -> DPVRConfig:
     """The config of a DPVR, or of the one that a LLaVA becomes; the layer that is given, or the converter's."""
     config = DPVRConfig() if checkpoint is None else AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    if not hasattr(config, "vision_config"):
+    if config.model_type not in ("llava", "dpvr"):
         raise ValueError(f"{checkpoint} is a {type(config).__name__}, not the config of a LLaVA or a DPVR.")
     fields = config.to_dict()
     is_routed = fields.pop("model_type") == "dpvr"
@@ -301,6 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vision-tokens", type=int, help="default: one image")
     parser.add_argument("--text-tokens", type=int, default=64, help="of the prompt (default: %(default)s)")
     args = parser.parse_args(arguments)
+    for name in ("vision_tokens", "text_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
     try:
         config = _load_config(args.checkpoint, args.saturation_layer)
         vision_tokens = tokens_per_image(config) if args.vision_tokens is None else args.vision_tokens

@@ -33,7 +33,7 @@ import torch
 from safetensors import safe_open
 from scipy import stats
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -42,6 +42,7 @@ import digits as task
 
 from benchmarks.tables import markdown
 from convert_llava_to_dpvr import convert
+from scripts.analyze_saturation import fingerprint
 from scripts.train_tiny_llava import (
     LONG_BATCH,
     answer_mask,
@@ -54,6 +55,7 @@ from scripts.train_tiny_llava import (
 from training.staged import IGNORED, LOSSES, StagedModel, collate_rows, predicts, split_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "side_branch_seeds.json"
+LLAVA = ROOT / "examples" / "tiny-llava"
 INITS = ("identity", "copy", "random")
 SETTINGS = ("steps", "batch_size", "learning_rate", "pool", "questions")
 
@@ -61,8 +63,7 @@ SETTINGS = ("steps", "batch_size", "learning_rate", "pool", "questions")
 def converted(saturation_layer: int, init: str, seed: int, folder: Path) -> Path:
     path = folder / f"{saturation_layer}-{init}-{seed}"
     if not path.exists():
-        source = ROOT / "examples" / "tiny-llava"
-        convert(source, path, saturation_layer=saturation_layer, side_branch_init=init, seed=seed, dtype="float32")
+        convert(LLAVA, path, saturation_layer=saturation_layer, side_branch_init=init, seed=seed, dtype="float32")
     return path
 
 
@@ -190,6 +191,16 @@ def read_results(path: Path, new: dict) -> dict:
             "--output, or delete it."
         )
     return record
+
+
+def check_weights(path: Path, result: dict, llava, folder: Path) -> None:
+    """Refuses to mix results of other weights with those of this run."""
+    weights = fingerprint(llava)
+    if result.setdefault("weights", weights) != weights:
+        raise SystemExit(
+            f"{path} has results of {folder.name} with weights of fingerprint {result['weights']}, but those of "
+            f"{folder} have {weights}: choose another --output, or delete it."
+        )
 
 
 def write_results(path: Path, record: dict) -> None:
@@ -336,6 +347,8 @@ def main() -> None:
     else:
         settings = {name: getattr(args, name) for name in SETTINGS}
         record = read_results(args.output, {"settings": settings, "versions": versions(), "cells": {}})
+        llava = LlavaForConditionalGeneration.from_pretrained(LLAVA, dtype=torch.float32)
+        check_weights(args.output, record, llava, LLAVA)
         folder = Path(tempfile.mkdtemp(prefix="side-branch-seeds-"))
         try:
             for saturation_layer in args.saturation_layers:

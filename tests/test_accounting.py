@@ -244,7 +244,13 @@ def test_the_command_takes_the_layer_that_the_converter_would_and_says_which(tmp
     assert re.search(r"prefill decoder .* 0\.618", printed)
     assert accounting.main([str(tmp_path), "--saturation-layer", "30"]) == 0
     assert "S = 30 of 40" in capsys.readouterr().out
-    for wrong in ([tmp_path, "--vision-tokens", 100], [tmp_path, "--saturation-layer", 40], [tmp_path / "none"]):
+    negative = [tmp_path, "--text-tokens", -1]
+    for wrong in (
+        negative,
+        [tmp_path, "--vision-tokens", 100],
+        [tmp_path, "--saturation-layer", 40],
+        [tmp_path / "none"],
+    ):
         with pytest.raises(SystemExit) as status:
             accounting.main(list(map(str, wrong)))
         assert status.value.code == 2

@@ -964,6 +964,31 @@ def test_the_table_of_seeds_has_means_and_intervals():
     assert side_branch_seeds.best(list(entries.values())) == {"loss": "distill", "init": "identity"}
 
 
+def test_seeds_of_other_weights_are_not_mixed(monkeypatch, tmp_path):
+    settings = f"--saturation-layers 4 --seeds 0 --inits identity --questions 1 --output {tmp_path / 'seeds.json'}"
+    monkeypatch.setattr(sys, "argv", ["side_branch_seeds.py", *settings.split()])
+    side_branch_seeds.main()
+    record = json.loads((tmp_path / "seeds.json").read_text())
+    (tmp_path / "seeds.json").write_text(json.dumps(record | {"weights": "of another model"}))
+    with pytest.raises(SystemExit, match="with weights of fingerprint of another model, but those of"):
+        side_branch_seeds.main()
+
+
+def test_a_benchmark_that_is_killed_keeps_what_it_measured(monkeypatch, tmp_path):
+    def measure(kind, arguments):
+        if kind == "distill":
+            raise SystemExit("killed, most likely out of memory")
+        names = ("flops", "bytes_beyond_weights", "frozen_bytes", "trained_parameters")
+        return {"seconds": [1.0], **dict.fromkeys(names, 1)}
+
+    monkeypatch.setattr(training_benchmark, "in_child", measure)
+    output = tmp_path / "training.json"
+    monkeypatch.setattr(sys, "argv", ["training.py", "--output", str(output), "--kinds", "lora", "answer", "distill"])
+    with pytest.raises(SystemExit):
+        training_benchmark.main()
+    assert json.loads(output.read_text())["kinds"].keys() == {"lora", "answer"}
+
+
 def test_the_training_benchmark_measures_each_kind_and_its_ratios():
     options = "--layers 4 --vision-layers 2 --hidden-size 128 --tokens 4+8 --dtype float32"
     args = training_benchmark.parse_args(f"{options} --steps 1 --warmup 0 --threads 1".split())
