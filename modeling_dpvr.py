@@ -33,6 +33,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -96,7 +97,7 @@ class Stream:
 
     def put(self, tensor: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         """A copy of `tensor` `(B, T, D)` with `update` `(B, N, D)` in the columns of this stream."""
-        update = update.to(tensor.device)
+        update = update.to(tensor.device, tensor.dtype)
         if self.index is None:
             return update
         if self.is_ragged:
@@ -519,16 +520,6 @@ def insert_image_features(
     return inputs_embeds.masked_scatter(is_vision, image_features.to(inputs_embeds.device, inputs_embeds.dtype))
 
 
-def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of `(B, T, D)` to compute logits for: `(B, K, D)`, by a 2D bool tensor `(number of True, D)`."""
-    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
-        if logits_to_keep.dtype == torch.bool:
-            return hidden_states[logits_to_keep]
-        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
-    # -0 keeps all
-    return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-
-
 def expand_outputs(
     outputs: BaseModelOutputWithPast, text: StreamPlan | None, config: DPVRConfig
 ) -> BaseModelOutputWithPast:
@@ -663,16 +654,15 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        num_seen = cache.get_seq_length() if cache is not None else 0
-        is_continued = cache is not None and self.has_filled(cache) and (type(num_seen) is not int or num_seen > 0)
+        num_seen = cache.get_seq_length() if cache is not None and self.has_filled(cache) else 0
         is_vision = self.find_vision_tokens(
-            input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, is_continued
+            input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, num_seen
         )
 
         if self.drops_caches():
             length = inputs_embeds.shape[1]
             num_masked = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else length
-            if (is_continued and int(num_seen) > 0) or num_masked > length:
+            if int(num_seen) > 0 or num_masked > length:
                 raise ValueError(
                     f"This call goes on from tokens in a cache ({int(num_seen)} there, {num_masked} in the mask), but "
                     "layers with gradient checkpointing drop caches. Go on in eval mode, or without checkpointing."
@@ -735,13 +725,14 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         inputs_embeds: torch.Tensor,
         mm_token_type_ids: torch.LongTensor | None,
         has_images: bool,
-        is_continued: bool,
+        num_seen: int | torch.Tensor,
     ) -> torch.BoolTensor | None:
         """Where this call holds vision tokens, `(B, T)`, or None if nowhere. Never guesses: it knows or raises.
 
         `mm_token_type_ids` says it. Without, image tokens among `input_ids` are vision tokens if images come with
         them. If none come, a single token after a filled cache is text, as it is when it was generated, and so is a
-        whole prompt, as it is to LLaVA.
+        whole prompt, as it is to LLaVA. A static cache tells how many tokens it holds, `num_seen`, on the device
+        alone: it is asked where that decides, not at every token.
         """
         shape = inputs_embeds.shape[:2]
         if mm_token_type_ids is not None:
@@ -759,7 +750,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 "inputs_embeds alone does not tell which tokens are vision tokens. Pass mm_token_type_ids of shape "
                 f"{tuple(shape)}: 1 where inputs_embeds holds an image feature, 0 elsewhere (all zeros for text)."
             )
-        elif is_continued and not has_images and shape[1] == 1:
+        elif not has_images and shape[1] == 1 and (isinstance(num_seen, torch.Tensor) or num_seen > 0):
             return None
         else:
             is_vision = input_ids == self.config.image_token_id
@@ -770,7 +761,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 "but no image came with them. Pass pixel_values; or inputs_embeds that hold the image features, with "
                 "mm_token_type_ids; or, if these are generated tokens and no images, mm_token_type_ids of zeros."
             )
-            if mm_token_type_ids is not None or is_continued:
+            if mm_token_type_ids is not None or int(num_seen) > 0:
                 raise ValueError(f"input_ids hold image tokens (by row: {is_vision.sum(-1).tolist()}) {advice}")
             # Without numbers: `warning_once` keeps every text that it has seen
             logger.warning_once(f"input_ids hold image tokens {advice} They are taken for text.")
@@ -790,7 +781,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         """The decoder on embeddings `(B, T, D)`: finds the streams, routes them, gives outputs their usual shapes."""
         if False in (kwargs.get("is_causal"), getattr(self.language_model.config, "is_causal", None)):
             raise ValueError("is_causal=False: tokens that see later ones are not routed. Leave it out.")
-        wanted = kwargs.get("output_hidden_states")
+        wanted = kwargs.get("output_hidden_states", self.language_model.config.output_hidden_states)
         if wanted:
             kwargs["output_hidden_states"] = True  # of all layers, until the states of text-only layers are expanded
         if cache is not None:
@@ -864,10 +855,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         text_slots = num_layers + self.config.num_side_layers
         # Keys and values of the side branch are read by later vision tokens alone
         kept = cache if getattr(cache, "expects_images", True) else None
-        if vision and cache is not kept and type(num_seen) is int and num_seen > 0:
+        if is_vision is not None and vision and cache is not kept and int(num_seen) > 0:
             raise ValueError(
-                f"The cache holds {num_seen} tokens and, as its expects_images is False, nothing of the side branch, "
-                "which the image of this call would read. Leave expects_images at True where images may follow."
+                f"The cache holds {int(num_seen)} tokens and, as its expects_images is False, nothing of the side "
+                "branch, which the image of this call would read. Leave expects_images at True where images may "
+                "follow."
             )
         return (
             call,
@@ -1003,18 +995,20 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 "tensor, 2D or 4D."
             )
         num_masked = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else None
-        if num_masked is not None and isinstance(num_seen, int) and num_masked < num_seen + length:
+        # A mask as wide as a static cache covers all that it holds, whose number is on the device
+        is_wide = num_masked is None or (isinstance(num_seen, torch.Tensor) and num_masked >= cache.get_max_length(0))
+        if not is_wide and num_masked < int(num_seen) + length:
             raise ValueError(
-                f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
-                f"more. Pass a mask of {num_seen + length} columns."
+                f"attention_mask covers {num_masked} tokens, but the cache holds {int(num_seen)} and this call "
+                f"{length} more. Pass a mask of {int(num_seen) + length} columns."
             )
         if attention_mask is None and position_ids is not None and length > 1:
             steps = position_ids.diff(dim=-1)  # without a cache, transformers reads any gap as the start of a sequence
             is_packed = is_packed or bool((steps != 1).any() if cache is None else (steps < 0).any())
         if is_packed:
             raise ValueError(
-                "Several sequences packed into one row (position_ids that restart, or cu_seq_lens_q) cannot be "
-                "routed. Pass one sequence a row, padded, with an attention_mask."
+                "Several sequences packed into one row (cu_seq_lens_q, or position_ids that restart or leave gaps and "
+                "no attention_mask) cannot be routed. Pass one sequence a row, padded, with an attention_mask."
             )
         window = attention_window(self.config.text_config)
         if window is not None and int(num_seen) + length > window:
@@ -1127,7 +1121,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -1176,19 +1170,19 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
             return inputs
         if inputs["input_ids"].shape[1] == 1:
             inputs.pop("mm_token_type_ids", None)  # a generated token is text: nothing to look up on the device
-        elif "mm_encoder_outputs" not in inputs and kwargs.get("mm_encoder_outputs"):
-            self._give_images_to_assistant(inputs, kwargs["mm_encoder_outputs"])
+        elif "mm_encoder_outputs" not in inputs and "pixel_values" not in inputs:
+            self._mark_later_tokens(inputs, kwargs.get("mm_encoder_outputs") or {})
         return inputs
 
-    def _give_images_to_assistant(self, inputs: dict, mm_encoder_outputs: dict) -> None:
-        """Transformers drops the target model's image features from the prompt of an assistant model. They fit where
-        both share a vision tower and projector; else the assistant takes image tokens for text, as LLaVA does, and
-        the target corrects it."""
+    def _mark_later_tokens(self, inputs: dict, mm_encoder_outputs: dict) -> None:
+        """Several tokens of a later step are text that was drafted, or an assistant's prompt, from which transformers
+        drops the target model's image features. They fit where both share a vision tower and projector; else the
+        assistant takes image tokens for text, as LLaVA does, and the target corrects it."""
         cache = inputs.get(CACHE)
         is_prompt = cache is None or cache.get_seq_length() == 0
-        features = mm_encoder_outputs["image"].pooler_output
+        features = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs.get("image") else []
         num_image_tokens = (inputs["input_ids"] == self.config.image_token_id).sum()
-        fits = features[0].shape[-1] == self.config.text_config.hidden_size
+        fits = len(features) > 0 and features[0].shape[-1] == self.config.text_config.hidden_size
         if is_prompt and fits and num_image_tokens == sum(map(len, features)):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         else:

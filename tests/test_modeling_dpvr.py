@@ -42,6 +42,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
     MistralConfig,
     Qwen2Config,
     Siglip2VisionConfig,
@@ -534,8 +536,9 @@ def test_a_cache_filled_before_the_layer_was_changed_is_refused(model):
             model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
-def test_an_image_after_a_cache_that_expects_none_is_refused(model):
-    cache, later = DynamicCache(), make_batch(["It"], seed=3)
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(config=text_config(), max_cache_len=30)])
+def test_an_image_after_a_cache_that_expects_none_is_refused(model, make_cache):
+    cache, later = make_cache(), make_batch(["It"], seed=3)
     cache.expects_images = False
     del later["attention_mask"]
     with torch.no_grad():
@@ -545,16 +548,44 @@ def test_an_image_after_a_cache_that_expects_none_is_refused(model):
             model(**later, past_key_values=cache)
 
 
-def test_a_cache_that_was_reset_is_taken_as_an_empty_one(model):
-    cache, batch = DynamicCache(), make_batch(["tIt"])
+def test_text_after_a_cache_that_expects_no_image_is_text_in_training_too():
+    model, cache = make_dpvr().train(), DynamicCache()
+    cache.expects_images = False
+    batch, token = make_batch(["ttIttt"]), torch.tensor([[8]])
+    model(**batch, past_key_values=cache)
+    logits = model(input_ids=token, past_key_values=cache).logits
+    whole = {"input_ids": torch.cat([batch["input_ids"], token], 1), "pixel_values": batch["pixel_values"]}
+    assert_close(logits, model(**whole).logits[:, -1:])
+
+
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(config=text_config(), max_cache_len=30)])
+def test_a_cache_that_was_reset_is_taken_as_an_empty_one(model, make_cache):
+    cache, batch = make_cache(), make_batch(["tIt"])
     with torch.no_grad():
         model(**batch, past_key_values=cache)
         cache.reset()
         logits = model(**batch, past_key_values=cache).logits
-        assert torch.equal(logits, model(**batch).logits)
+        assert_close(logits, model(**batch).logits)
         cache.reset()
         text = model(input_ids=batch["input_ids"], past_key_values=cache).logits  # image tokens without an image: text
-        assert torch.equal(text, model(input_ids=batch["input_ids"]).logits)
+        assert_close(text, model(input_ids=batch["input_ids"]).logits)
+
+
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(config=text_config(), max_cache_len=30)])
+def test_a_mask_that_covers_too_few_tokens_is_refused_with_both_numbers(model, make_cache):
+    cache, batch = make_cache(), make_batch(["ttItt"])
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+        with pytest.raises(ValueError, match="covers 8 tokens, but the cache holds 8 and this call 1 more"):
+            model(input_ids=torch.tensor([[9]]), attention_mask=batch["attention_mask"], past_key_values=cache)
+
+
+def test_a_side_branch_in_float32_runs_in_a_model_of_bfloat16():
+    model = make_dpvr().to(torch.bfloat16)
+    with torch.no_grad():
+        expected = model(**make_batch(["ttItt"])).logits
+        model.model.side_branch.float()
+        assert_close(model(**make_batch(["ttItt"])).logits, expected, tolerance=0.1)
 
 
 def test_continuous_batching_is_refused_with_a_word(model):
@@ -801,6 +832,10 @@ def test_hidden_states_and_attentions_have_full_shapes():
         some = model(**batch, output_hidden_states=selected).hidden_states
         for i, (state, full) in enumerate(zip(some, outputs.hidden_states, strict=True)):
             assert torch.equal(state, full) if i in (3, *[NUM_LAYERS] * (selected != 3)) else state is None
+    model.model.language_model.config.output_hidden_states = -1  # the config may say which, too
+    some = model(**batch).hidden_states
+    assert [state is None for state in some] == [True] * NUM_LAYERS + [False]
+    model.model.language_model.config.output_hidden_states = False
     plain = model(**batch)
     assert plain.hidden_states is None
     assert plain.attentions is None
@@ -1175,6 +1210,30 @@ def test_assisted_decoding_gives_the_tokens_of_the_plain_loop(generator, row):
 def test_assistants_that_know_no_kinds_of_tokens_give_the_tokens_of_the_plain_loop(generator, assistant):
     batch = make_batch(["ttItttt"])
     assert torch.equal(generate(generator, batch, assistant_model=assistant), plain_loop(generator, batch))
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 100])
+@pytest.mark.parametrize("types", [True, False], ids=["with types", "without types"])
+def test_an_assistant_of_a_prompt_read_in_chunks_gives_the_tokens_of_the_plain_loop(generator, chunk, types):
+    batch = make_batch(["ttItttt"])
+    options = {"assistant_model": make_dpvr(seed=3), "prefill_chunk_size": chunk}
+    tokens = generate(generator, batch if types else without(batch, "mm_token_type_ids"), **options)
+    assert torch.equal(tokens, plain_loop(generator, batch))
+
+
+def test_an_image_token_that_was_drafted_is_text(generator):
+    class Wish(LogitsProcessor):
+        def __call__(self, ids, scores):
+            scores = scores.clone()
+            scores[:, IMAGE] += 1000 * (ids.shape[1] % 3 == 0)
+            return scores
+
+    batch = {"input_ids": torch.tensor([[7, 8, 9, 10, 7, 8]])}
+    wish = LogitsProcessorList([Wish()])
+    expected = generate(generator, batch, logits_processor=wish)
+    assert (expected[:, 6:] == IMAGE).any()
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": make_dpvr(seed=3)}):
+        assert torch.equal(generate(generator, batch, logits_processor=wish, **options), expected)
 
 
 def test_dpvr_assists_llava_with_the_images_that_llava_encoded():
