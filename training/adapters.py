@@ -548,7 +548,12 @@ def from_llava(
     routing = _choose_routing(path, saturation_layer, config.text_config.num_hidden_layers)
     dpvr_class = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
     config = dpvr_class.config_class(**make_dpvr_config(config, routing, None).to_dict())
-    model = dpvr_class.from_pretrained(llava, config=config, **{"dtype": "auto", **kwargs}).eval()
+    reported = dpvr_class._keys_to_ignore_on_load_missing
+    dpvr_class._keys_to_ignore_on_load_missing = [r"\.side_branch\."]  # no fault of the checkpoint, and no news
+    try:
+        model = dpvr_class.from_pretrained(llava, config=config, **{"dtype": "auto", **kwargs}).eval()
+    finally:
+        dpvr_class._keys_to_ignore_on_load_missing = reported
     model.base_type = "llava"  # of which an adapter's card says how to load it
     return model if path is None else merge_adapter(load_adapter(model, path))
 
