@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import LlavaConfig
@@ -37,6 +37,7 @@ from side_branch_weights import (
     check_adapter_fits,
     side_branch_weights,
 )
+from training.card import read_license
 from write_checkpoint import (
     Staging,
     check_disk,
@@ -80,14 +81,6 @@ def make_generation_config(checkpoint: Checkpoint) -> dict:
     if "mm_vision_tower" in checkpoint.fields or fields.get("pad_token_id") is None:
         fields["pad_token_id"] = checkpoint.processor.tokenizer.pad_token_id
     return fields
-
-
-def read_card(folder: Path) -> dict:
-    """What the source's README.md states of licence and the like; nothing if it is no model card."""
-    try:
-        return ModelCard.load(folder / "README.md").data.to_dict()
-    except Exception:  # YAML by anyone's hand, of any encoding; no reason to refuse the weights
-        return {}
 
 
 @dataclass(frozen=True)
@@ -355,6 +348,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 name = "path/to/this/folder"  # or its Hub id
 {load}
+
+content = [{{"type": "image", "image": "picture.jpg"}}, {{"type": "text", "text": "What is in this picture?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+tokens = model.generate(**inputs, max_new_tokens=64)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
 ```
 
 Every weight outside `model.side_branch` is that of {source}, in {dtype}. Made by `convert_llava_to_dpvr.py`; the code
@@ -366,24 +370,22 @@ def model_card(checkpoint: Checkpoint, summary: ConversionSummary) -> str:
     """README.md of the converted checkpoint. A folder's name stands for a source that is no Hub repository."""
     is_local = Path(checkpoint.name).is_dir()
     source = checkpoint.folder.name if is_local else checkpoint.name
-    origin = read_card(checkpoint.folder)
+    stated = read_license(checkpoint.folder)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        license=origin.get("license", "other"),
-        license_name=origin.get("license_name"),
-        license_link=origin.get("license_link"),
+        **(stated or {"license": "other", "license_name": "that-of-the-source"}),
         base_model=None if is_local else source,
         tags=["custom_code", "dpvr", "llava"],
     )
     worse = f"expect worse answers about images than {source}'s until it is trained."
     if not summary.num_trainable:
-        status = f"Between them there is no side branch, and **the fusion is untrained**: {worse}"
+        status = f"There is no side branch on the way, and **the fusion is untrained**: {worse}"
     elif summary.side_branch == "trained":
-        status = "Between them they pass the side branch, which is trained."
+        status = "On the way they pass the side branch, which is trained."
     else:
         init = f"{summary.side_branch} initialisation"
-        status = f"Between them they pass the side branch. **It is untrained** ({init}): {worse}"
+        status = f"On the way they pass the side branch. **It is untrained** ({init}): {worse}"
     return CARD.format(
         front_matter=data.to_yaml().strip(),
         title=f"DPVR of {source.split('/')[-1]}",
@@ -409,7 +411,7 @@ def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
     results = read_json(path)
     try:
         analyzed, layer = results["settings"]["num_hidden_layers"], results["recommendation"]["saturation_layer"]
-        reason = results["recommendation"]["reason"]
+        reason = f"{results['samples']} samples; {results['recommendation']['reason']}"
     except KeyError as error:
         raise ConversionError(f"{path} is not a result of analyze_saturation.py: it has no {error}.") from error
     except TypeError as error:
@@ -575,12 +577,14 @@ checkpoint stays, and the message says how to push it again
 
 
 def layer_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor auto")
     return text if text == "auto" else int(text)
 
 
 def seed_number(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
-        raise ValueError(text)
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to {2**32 - 1}")
     return int(text)
 
 
@@ -605,7 +609,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-fusion-layers", type=int, default=1, metavar="N", help="last layers, which see all tokens (default: 1)"
     )
-    parser.add_argument("--side-branch-init", choices=("identity", "copy", "random"), default="identity")
+    parser.add_argument(
+        "--side-branch-init",
+        choices=("identity", "copy", "random"),
+        default="identity",
+        help="layer S with output projections of zero (default), layer S as it is, or new weights",
+    )
     parser.add_argument("--adapter", metavar="PATH", help="trained side branch: a .safetensors file or its folder")
     parser.add_argument(
         "--vision-tower",

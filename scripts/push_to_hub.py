@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.checksums import write_checksums
-from scripts.publish import explain, open_repository, publish
+from scripts.publish import PublishError, explain, open_repository, publish
 from training.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_card, plot_losses, read_run
 
@@ -101,6 +101,12 @@ def push_to_hub(
     files, is_adapter = files_of(folder)
     if subfolder and not is_adapter:
         raise AdapterError(f"{folder} is a checkpoint, which lies at the root of its repository: give no subfolder.")
+    if is_adapter and "/" not in (base := json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]):
+        print(
+            f"warning: the adapter names its base {base!r}, which is no Hub id: others will not find it. Train with "
+            "--base user/name to name one.",
+            file=sys.stderr,
+        )
     api, repo = open_repository(repo, private, token)
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
     with tempfile.TemporaryDirectory(prefix="dpvr-card-") as made:
@@ -132,7 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         address = push_to_hub(options.folder, options.repo, subfolder=options.subfolder, private=options.private)
     except Exception as error:  # client, network and file system fail in ways that have no common class
         print(f"error: {explain(error)}", file=sys.stderr)
-        print(f"{options.repo}: the upload is one commit, so no part of it is published", file=sys.stderr)
+        if not isinstance(error, (AdapterError, PublishError)):
+            print(f"{options.repo}: the upload is one commit, so no part of it is published", file=sys.stderr)
         return 1
     print(f"pushed to {address}")
     return 0

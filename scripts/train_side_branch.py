@@ -9,7 +9,8 @@ the loss is on the answers alone. Rows that cannot be trained on are listed in O
 
 Everything else is transformers' Trainer: every option of its TrainingArguments is taken too (--max_steps, --bf16,
 --per_device_train_batch_size, --gradient_accumulation_steps, --gradient_checkpointing, --learning_rate, --eval_steps,
-...), and `torchrun` or `accelerate launch` in the place of `python` trains on several devices (DDP, FSDP2).
+...), and `torchrun` or `accelerate launch` in the place of `python` trains on several devices (DDP, FSDP2; tested with
+processes on CPUs, not with several GPUs).
 """
 
 import argparse
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from training.adapters import (
+    WEIGHTS_FILE,
     add_adapter,
     base_name,
     from_llava,
@@ -36,7 +38,7 @@ from training.adapters import (
     save_adapter,
     train_in_float32,
 )
-from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_card, plot_losses
+from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_card, plot_losses, read_license
 from training.data import BadRows, Collator, ConversationDataset, read_rows
 from training.features import CachedFeatures, CacheError, cache_features
 from training.staged import LOSSES, StagedModel, collate_rows
@@ -70,7 +72,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         "  python scripts/train_side_branch.py dpvr-7b --data llava_v1_5_mix665k.json --image-folder images \\\n"
         "      --output adapter --bf16 --per_device_train_batch_size 8 --gradient_accumulation_steps 2\n"
         "  python scripts/train_side_branch.py llava-hf/llava-1.5-7b-hf --data my-dataset --output adapter \\\n"
-        "      --cache-features features --num_train_epochs 3\n"
+        "      --cache-features features --num_train_epochs 3 --bf16\n"
         "  torchrun --nproc-per-node 8 scripts/train_side_branch.py dpvr-7b --data chats.json --output adapter\n"
         "  python scripts/train_side_branch.py ... --resume     goes on after a kill, from the last whole checkpoint\n"
         "\nexit status: 0 when trained, 1 when model, data, cache or adapter cannot be used, 2 for wrong options",
@@ -93,8 +95,12 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     parser.add_argument("--max-length", type=int, help="most tokens of a row (default: the tokenizer's, at most 2048)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT")
-    parser.add_argument("--dtype", help="of the frozen weights (default: that of --bf16 or --fp16, else float32)")
-    parser.add_argument("--base", help="name of the base model in the adapter (default: MODEL)")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the frozen weights (default: that of --bf16 or --fp16, else float32)",
+    )
+    parser.add_argument("--base", help="Hub id of the base model, for adapter and card (default: MODEL)")
     options, rest = parser.parse_known_args(arguments)
     trainer_parser = HfArgumentParser(TrainingArguments, prog=parser.prog, add_help=False)
     trainer_parser.set_defaults(
@@ -110,10 +116,13 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(str(error))
     if options.eval_rows < 0:
         parser.error(f"--eval-rows {options.eval_rows}: give a number of rows")
-    if last_checkpoint(options.output) and not options.resume:
-        parser.error(
-            f"--output {options.output} holds checkpoints of an earlier run: pass --resume, or another folder"
-        )
+    for name in ("data", "image_folder", "eval_data", "peft_config"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():  # now, and not once the model is loaded
+            parser.error(f"--{name.replace('_', '-')} {path} does not exist")
+    is_used = last_checkpoint(options.output) or (options.output / WEIGHTS_FILE).exists()
+    if is_used and not options.resume:
+        parser.error(f"--output {options.output} holds what an earlier run made: pass --resume, or another folder")
     for name, why in REFUSED.items():
         if getattr(training_arguments, name):
             parser.error(f"--{name} {why}")
@@ -198,6 +207,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data) -> di
     return {
         "base_model": base_name(options.base or options.model),
         "base_type": "llava" if options.from_llava else "dpvr",
+        **read_license(options.model),
         "data": options.data.name,
         "rows": data.num_rows(),
         "bad_rows": data.bad_rows.summary().split(", listed")[0],
@@ -302,7 +312,8 @@ def main(arguments: list[str] | None = None) -> int:
     if training_arguments.process_index == 0:
         losses = [loss for _, loss in record["loss_curve"]]
         if losses:
-            print(f"loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last; {record['bad_rows']}")
+            print(f"loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last")
+        print(record["bad_rows"])
         print(f"{options.output}: adapter of {record['trainable_parameters']:,} weights")
     return 0
 

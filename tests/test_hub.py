@@ -14,9 +14,9 @@ from conftest import ROOT
 from hub_server import TOKEN, Hub
 
 from convert_llava_to_dpvr import convert
-from scripts import checksums
+from scripts import checksums, push_to_hub
 from training.adapters import add_adapter, from_llava, save_adapter
-from training.card import make_card, plot_losses
+from training.card import make_card, plot_losses, read_license
 
 RUN = {
     "base_model": "org/dpvr",
@@ -361,6 +361,24 @@ def test_a_card_claims_nothing_that_the_run_does_not_state():
     assert "Accuracy was not measured" in text
     assert "loss.png" not in text
     assert "None" not in text
+    assert "base_model_relation" not in text  # of a base that has no name on the Hub
+
+
+def test_a_card_states_the_licence_of_its_base_as_far_as_that_is_known(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: llama2\nlanguage: en\n---\n")
+    assert read_license(tmp_path) == {"license": "other", "license_name": "llama2"}
+    assert "license_name: llama2" in make_card({**RUN, **read_license(tmp_path)})
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert read_license(tmp_path) == read_license(tmp_path / "none") == {}
+
+
+def test_a_base_that_others_cannot_load_is_told_of(tmp_path, monkeypatch, capsys):
+    model = add_adapter(from_llava(ROOT / "examples" / "tiny-llava", saturation_layer=4))
+    save_adapter(model, tmp_path, "dpvr-7b")
+    monkeypatch.setattr(push_to_hub, "open_repository", lambda api, *_: (api, "org/adapter"))
+    monkeypatch.setattr(push_to_hub, "publish", lambda *_: "an address")
+    assert push_to_hub.main([str(tmp_path), "org/adapter"]) == 0
+    assert "names its base 'dpvr-7b', which is no Hub id" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -698,6 +698,10 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         ("--fp16",): "--fp16 needs a GPU",
         ("--eval-rows", -3): "--eval-rows -3: give a number of rows",
         ("--bf16", "--fp16"): "",  # which TrainingArguments refuses
+        ("--dtype", "bloat16"): "invalid choice: 'bloat16'",
+        ("--eval-data", "typo.json"): "--eval-data typo.json does not exist",
+        ("--image-folder", "typo"): "--image-folder typo does not exist",
+        ("--peft-config", "typo"): "--peft-config typo does not exist",
     }.items():
         with pytest.raises(SystemExit) as status:
             train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options))
@@ -706,6 +710,14 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
     given = train(embedded, pictures, tmp_path / "out", "--eval-rows", 2)
     for options, strategy in (([], "steps"), (["--eval_strategy=epoch"], "epoch"), (["--eval_strategy", "no"], "no")):
         assert train_side_branch.parse_args([*given, *options])[1].eval_strategy == strategy
+
+
+def test_an_adapter_that_is_there_is_not_trained_over(embedded, pictures, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_model.safetensors").write_bytes(b"trained for a week")
+    with pytest.raises(SystemExit):
+        train_side_branch.main(train(embedded, pictures, tmp_path / "out"))
+    assert "holds what an earlier run made: pass --resume, or another folder" in capsys.readouterr().err
 
 
 def test_a_run_whose_held_out_rows_are_all_corrupt_ends_before_it_trains(embedded, pictures, tmp_path, capsys):

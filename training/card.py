@@ -7,11 +7,12 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from benchmarks.tables import markdown
 
 RUN_FILE, CARD_FILE, PLOT_FILE = "training.json", "README.md", "loss.png"
+LICENSE = ("license", "license_name", "license_link")
 
 CARD = """\
 ---
@@ -66,6 +67,15 @@ processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 """
 
 
+def read_license(base: str | Path) -> dict[str, str]:
+    """What the model card of a folder or a Hub id says of its licence; nothing if there is none that can be read."""
+    try:
+        stated = ModelCard.load(Path(base, CARD_FILE) if Path(base).is_dir() else str(base)).data.to_dict()
+    except Exception:  # YAML by anyone's hand, of any encoding, and networks
+        return {}
+    return {name: stated[name] for name in LICENSE if stated.get(name)}
+
+
 def make_card(
     run: dict,
     name: str = "path/to/this/folder",
@@ -80,20 +90,21 @@ def make_card(
         run: `training.json` of the run. Used where it has them: `base_model`, `base_type` (`"dpvr"` or `"llava"`),
             `saturation_layer`, `num_side_layers`, `data`, `rows`, `bad_rows`, `loss`, `trains`, `parameters`,
             `trainable_parameters`, `hyperparameters`, `training_seconds`, `versions`, `command`, `license`,
-            `loss_curve`, `eval_loss_curve` and `held_out` (`{model: {kind of question: {"questions", "accuracy",
-            "wilson_95"}}}`).
+            `license_name`, `license_link`, `loss_curve`, `eval_loss_curve` and `held_out` (`{model: {kind of question:
+            {"questions", "accuracy", "wilson_95"}}}`).
         name: Hub id, or folder.
         is_adapter: whether it is an adapter; a whole checkpoint otherwise.
         subfolder: of the repository, where the adapter lies.
         has_plot: whether `loss.png` lies beside it.
     """
     base = run.get("base_model", "its base model")
+    is_public = "/" in base
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
-        license=run.get("license"),
-        base_model=base if "/" in base else None,
-        base_model_relation="adapter" if is_adapter else "finetune",
+        **{name: run.get(name) for name in LICENSE},
+        base_model=base if is_public else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if is_public else None,
         tags=["dpvr", "llava", *([] if is_adapter else ["custom_code"])],
     )
     if "trains" in run:

@@ -161,9 +161,10 @@ def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int
                     "another folder, or delete this one."
                 )
             if index["fingerprint"][name] != value:
+                hint = " (another model, or the same one in another precision)" if name == "weights" else ""
                 raise CacheError(
                     f"The features in {folder} were made with {name} {index['fingerprint'][name]!r}, but this run "
-                    f"has {value!r}. Give another folder, or delete this one."
+                    f"has {value!r}{hint}. Give another folder, or delete this one."
                 )
     else:
         rows_per_shard = max(1, int(SHARD_BYTES // bytes_per_row))
