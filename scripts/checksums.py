@@ -132,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="examples:\n  python scripts/checksums.py              # of this checkout, before a release\n"
         "  python scripts/checksums.py dpvr-7b      # of a converted checkpoint\n"
         "  python scripts/checksums.py dpvr-7b --check\n\n"
+        "In a checkout all tracked files are named; check a fresh one, since `make demo` adds files to yours.\n\n"
         "exit codes: 0 written, or all files are as named; 1 a file is not; 2 there is no such folder or file\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

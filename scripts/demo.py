@@ -42,6 +42,8 @@ class Result:
     held_out: dict[str, dict]
     gflops: float
     cache_bytes: int
+    num_vision: int
+    num_text: int
 
 
 def make_checkpoint(output: Path) -> None:
@@ -83,9 +85,10 @@ def run(model, processor, picture, questions, held_out) -> Result:
     cache = make_cache(model.config)
     with torch.no_grad():
         model(**inputs, **{CACHE: cache})
-    flops = prefill_flops(model.config, vision, inputs["input_ids"].shape[1] - vision)
+    num_text = inputs["input_ids"].shape[1] - vision
+    flops = prefill_flops(model.config, vision, num_text)
     num_bytes = stored_bytes(cache, model.config)
-    return Result(answers, accuracy(model, processor, held_out), flops.decoder / 1e9, num_bytes)
+    return Result(answers, accuracy(model, processor, held_out), flops.decoder / 1e9, num_bytes, vision, num_text)
 
 
 def summary_rows(dense: Result, dpvr: Result) -> list[tuple[str, str, str]]:
@@ -96,8 +99,11 @@ def summary_rows(dense: Result, dpvr: Result) -> list[tuple[str, str, str]]:
 
     rows = [(f"accuracy, {kind}", share(dense, kind), share(dpvr, kind)) for kind in task.KINDS]
     flops, cache = dpvr.gflops / dense.gflops, dpvr.cache_bytes / dense.cache_bytes
-    rows.append(("decoder GFLOPs", f"{dense.gflops:.3f}", f"{dpvr.gflops:.3f} (x {flops:.3f})"))
-    rows.append(("KV-cache bytes", f"{dense.cache_bytes:,}", f"{dpvr.cache_bytes:,} (x {cache:.3f})"))
+    prompt = f"prompt of {dense.num_vision} image + {dense.num_text} text tokens"
+    rows.append((f"decoder GFLOPs, {prompt}", f"{dense.gflops:.3f}", f"{dpvr.gflops:.3f} (x {flops:.3f})"))
+    rows.append(
+        ("KV-cache bytes after it, float32", f"{dense.cache_bytes:,}", f"{dpvr.cache_bytes:,} (x {cache:.3f})")
+    )
     return rows
 
 
@@ -159,6 +165,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.questions < 1:
         parser.error(f"--questions must be at least 1, got {args.questions}")
+    if args.picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        parser.error(f"--picture {args.picture}: the name must end in .png, .jpg, .pdf or .svg")
+    if not args.picture.absolute().parent.is_dir():
+        parser.error(f"--picture {args.picture}: {args.picture.parent} is no folder")
     return args
 
 
