@@ -10,7 +10,6 @@ batch of one, without padding, so that no metric has to know padding. For one pr
 attention           A_l = mean over q in Q and heads of  sum over k in V of a_l(q, k), the attention weights of layer
                     l. The abstract of arXiv 2606.09131 gives 0.68 at layer 0, 0.07 at layer 4, about 0.04 after layer
                     18; that the queries are the text behind the image is our reading.
-                    `attention_heads_std`, `attention_queries_std`: its deviation over heads and over queries.
 efficiency          E_l(kind) = mean over q in Q, heads of  sum over k of that kind of a_l(q, k) / number of those in
                     reach of q, for kind image, system (text before the image) and instruction (text behind it): what
                     FastV (arXiv 2403.06764) calls attention efficiency, the attention that one token receives. That
@@ -170,14 +169,11 @@ class AttentionRecorder:
             mass.append(weights @ one_hot)
             last = weights[:, -1].mean(0)
         mass = torch.cat(mass, 1)  # (H, N, 3)
-        image = mass[..., IMAGE]
         in_reach = one_hot.cumsum(0)[queries].clamp(min=1)
         efficiency = (mass / in_reach).mean((0, 1))
         exists = one_hot.any(0)  # a text-only layer has no image token
         self.rows[layer] = {
-            "attention": image.mean().item(),
-            "attention_heads_std": image.mean(1).std(correction=0).item(),
-            "attention_queries_std": image.mean(0).std(correction=0).item(),
+            "attention": mass[..., IMAGE].mean().item(),
             **{f"efficiency_{kind}": efficiency[i].item() if exists[i] else None for i, kind in enumerate(KINDS)},
         }
         vision = last[kinds == IMAGE].cpu()

@@ -204,7 +204,6 @@ def summarize(settings: dict, rows: list[dict], threshold: float, command: str) 
         several = len(rows) > 1
         statistics[name] = {
             "mean": rounded(values.mean(0)),
-            "std": rounded(values.std(0, ddof=1)) if several else None,
             "low_95": rounded(low) if several else None,
             "high_95": rounded(high) if several else None,
         }

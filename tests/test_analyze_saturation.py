@@ -135,8 +135,7 @@ def attention_by_loops(attentions, is_vision, length):
     kinds = [
         "image" if vision else "system" if i < last_image else "instruction" for i, vision in enumerate(is_vision)
     ]
-    curves = {name: [] for name in ("attention", "attention_heads_std", "attention_queries_std")}
-    curves |= {f"efficiency_{kind}": [] for kind in metrics.KINDS}
+    curves = {"attention": [], **{f"efficiency_{kind}": [] for kind in metrics.KINDS}}
     for attention in attentions:
         heads, queries = range(attention.shape[1]), range(last_image + 1, length)
         masses = np.zeros((len(heads), len(queries)))
@@ -150,8 +149,6 @@ def attention_by_loops(attentions, is_vision, length):
                 for kind in metrics.KINDS:
                     shares[kind].append(sum(received[kind]) / len(received[kind]))
         curves["attention"].append(masses.mean())
-        curves["attention_heads_std"].append(masses.mean(1).std())
-        curves["attention_queries_std"].append(masses.mean(0).std())
         for kind in metrics.KINDS:
             curves[f"efficiency_{kind}"].append(np.mean(shares[kind]))
     return curves
@@ -252,8 +249,6 @@ def test_attention_known_in_closed_form_is_measured_exactly(scores, implementati
     for layer, score in enumerate(scores):
         masses = [n * math.exp(score) / (n * math.exp(score) + int(q) + 1 - n) for q in prompt.queries]
         assert row["attention"][layer] == pytest.approx(np.mean(masses), abs=1e-6)
-        assert row["attention_heads_std"][layer] == pytest.approx(0, abs=1e-6)
-        assert row["attention_queries_std"][layer] == pytest.approx(np.std(masses), abs=1e-6)
         assert maps[layer].tolist() == pytest.approx([masses[-1] / n] * n, abs=1e-6)
     assert row["cosine_next_vision"] == pytest.approx([1] * NUM_LAYERS)
     if not any(scores):
@@ -549,6 +544,7 @@ def test_the_command_writes_rows_summary_plots_and_a_page(digits_run):
         np.mean([row["attention"] for row in rows], axis=0), rel=1e-3
     )
     assert summary["curves"]["routing"]["mean"][0] is None
+    assert all(curve.keys() == {"mean", "low_95", "high_95"} for curve in summary["curves"].values())
     assert summary["recommendation"]["kl_threshold"] == rule.KL_THRESHOLD
     for name in report.PLOTS:
         assert (digits_run / f"{name}.svg").read_text().startswith("<?xml")
