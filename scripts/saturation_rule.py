@@ -200,13 +200,8 @@ def summarize(settings: dict, rows: list[dict], threshold: float, command: str) 
     text = round(np.mean([row["tokens"] - row["vision_tokens"] for row in rows]))
     statistics = {}
     for name, values in curves.items():
-        low, high = interval(values)
-        several = len(rows) > 1
-        statistics[name] = {
-            "mean": rounded(values.mean(0)),
-            "low_95": rounded(low) if several else None,
-            "high_95": rounded(high) if several else None,
-        }
+        low, high = map(rounded, interval(values)) if len(rows) > 1 else (None, None)
+        statistics[name] = {"mean": rounded(values.mean(0)), "low_95": low, "high_95": high}
     return {
         "command": command,
         "settings": settings,

@@ -492,6 +492,21 @@ def test_the_interval_covers_what_resamples_choose_and_one_sample_has_none():
     assert (alone["saturation_layer"], alone["interval_95"]) == (5, None)
 
 
+def one_row(**changes):
+    """A row of results of an 8-layer model, and its settings."""
+    text = text_config(num_hidden_layers=8).to_diff_dict()
+    settings = {"text_config": text, "num_hidden_layers": 8, "first_fusion_layer": 7, "num_side_layers": 1}
+    row = {"vision_tokens": 36, "tokens": 56, "uniform_attention": 0.5, "withdrawal": [9.0, 9, 1, 0, 0, 0, 0, 0]}
+    return {**settings, "saturation_layer": None, "layers": None}, row | changes
+
+
+def test_one_sample_is_not_resampled(monkeypatch):
+    monkeypatch.setattr(rule, "interval", lambda values: pytest.fail("it was"))
+    settings, row = one_row()
+    summary = rule.summarize(settings, [row], 0.003, "")
+    assert summary["curves"]["withdrawal"] == {"mean": row["withdrawal"], "low_95": None, "high_95": None}
+
+
 def test_the_cost_table_of_llava_1_5_7b_has_the_numbers_of_the_accounting():
     from transformers import LlavaConfig
 
