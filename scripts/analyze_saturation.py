@@ -309,7 +309,7 @@ def make_settings(args: argparse.Namespace, model) -> dict:
     """All that decides what a row of the results holds."""
     config = model.config
     return {
-        "format": 2,  # of the rows
+        "format": 3,  # of the rows
         "model": shown(args.model),
         "model_type": config.model_type,
         "fingerprint": fingerprint(model),
@@ -388,7 +388,8 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
                 check_backbone(model, prompt)
                 is_checked = True
             values, maps = measure(model, prompt, args.metrics, args.layers, args.num_fusion_layers, bar.update)
-            tokens = {"vision_tokens": int(prompt.is_vision.sum()), "tokens": len(prompt.is_vision)}
+            vision_tokens = int(prompt.is_vision.sum())
+            tokens = {"vision_tokens": vision_tokens, "text_tokens": prompt.length - vision_tokens}  # no answer's
             if maps is not None and len(chosen) < args.maps:
                 save_maps(args.output / "maps" / f"{len(chosen):04}.npz", sample, maps, picture_of(prompt, processor))
             row = {"sample": sample.id, "question": sample.question, "digest": sample.digest(), **tokens, **values}

@@ -197,7 +197,7 @@ def summarize(settings: dict, rows: list[dict], threshold: float, command: str) 
     """The content of saturation.json."""
     curves = curves_of(rows, settings["num_hidden_layers"])
     vision = round(np.mean([row["vision_tokens"] for row in rows]))
-    text = round(np.mean([row["tokens"] - row["vision_tokens"] for row in rows]))
+    text = round(np.mean([row["text_tokens"] for row in rows]))
     statistics = {}
     for name, values in curves.items():
         low, high = map(rounded, interval(values)) if len(rows) > 1 else (None, None)

@@ -496,7 +496,7 @@ def one_row(**changes):
     """A row of results of an 8-layer model, and its settings."""
     text = text_config(num_hidden_layers=8).to_diff_dict()
     settings = {"text_config": text, "num_hidden_layers": 8, "first_fusion_layer": 7, "num_side_layers": 1}
-    row = {"vision_tokens": 36, "tokens": 56, "uniform_attention": 0.5, "withdrawal": [9.0, 9, 1, 0, 0, 0, 0, 0]}
+    row = {"vision_tokens": 36, "text_tokens": 20, "uniform_attention": 0.5, "withdrawal": [9.0, 9, 1, 0, 0, 0, 0, 0]}
     return {**settings, "saturation_layer": None, "layers": None}, row | changes
 
 
@@ -638,9 +638,9 @@ def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
     (digits_run / "settings.json").write_text(json.dumps(settings))  # as an older version of the script left it
     try:
         assert run(digits_run, "--questions", 2) == 1
-        assert "format=None, but this run has 2" in capsys.readouterr().err
+        assert "format=None, but this run has 3" in capsys.readouterr().err
     finally:
-        (digits_run / "settings.json").write_text(json.dumps({**settings, "format": 2}))
+        (digits_run / "settings.json").write_text(json.dumps({**settings, "format": 3}))
 
 
 def test_other_images_or_answers_under_the_same_names_are_not_mixed(tmp_path, capsys):
@@ -740,6 +740,10 @@ def test_llavas_data_format_is_measured_with_its_answers(tmp_path, capsys):
     rows, summary = results(tmp_path / "run")
     assert sorted(row["vision_tokens"] for row in rows) == [36, 36, 72]
     assert all(row["question"] == "What is it?" for row in rows)
+    assert run(tmp_path / "prompts", *[option for option in options if option != "--answers"]) == 0
+    prompts, costs = results(tmp_path / "prompts")
+    assert [row["text_tokens"] for row in rows] == [row["text_tokens"] for row in prompts]  # the answers' apart
+    assert summary["cost"] == costs["cost"]
     assert summary["settings"]["answers"] is True
     assert summary["recommendation"]["saturation_layer"] is not None
     entries[0]["conversations"] = turns[:1]
