@@ -264,13 +264,18 @@ def find_attention(summary: dict) -> str:
 
 
 def find_kl(summary: dict) -> str:
-    parts = []
+    parts, fusion, layers = [], summary["settings"]["first_fusion_layer"], summary["settings"]["layers"]
+    threshold = summary["recommendation"]["kl_threshold"]
     for name, text in (("withdrawal", "removing vision"), ("routing", "routing it around the text-only layers")):
         values = curve(summary, name)
-        if values is not None:
-            threshold = summary["recommendation"]["kl_threshold"]
-            layer = saturation_rule.kl_layer(values, summary["settings"]["first_fusion_layer"], threshold)
-            where = "at no layer" if layer is None else f"from layer {layer} on"
+        if values is None:
+            continue
+        layer = saturation_rule.kl_layer(values, fusion, threshold)
+        where = "at no layer" if layer is None else f"from layer {layer} on"
+        if np.isnan(values[fusion]):
+            fault = "is not finite" if layers is None or fusion in layers else "was not measured"
+            parts.append(f"the KL of {text} {fault} at layer {fusion}")
+        else:
             parts.append(f"{text} stays within {threshold:g} nats {where}")
     own, layer = curve(summary, "routing_own"), summary["settings"]["saturation_layer"]
     if own is not None:
@@ -296,14 +301,18 @@ def find_cost(summary: dict) -> str:
     )
 
 
+def average(values: np.ndarray) -> str:
+    """The mean of what was measured, or a word: tokens that do not move have no angle."""
+    return "none" if np.isnan(values).all() else f"{np.nanmean(values):.2f}"
+
+
 def find_pair(name: str, what: str) -> Callable:
     def find(summary: dict) -> str:
         vision, text = (curve(summary, f"{name}_{kind}") for kind in ("vision", "text"))
         middle = len(vision) // 2
         return (
-            f"{what}: {np.nanmean(vision[:middle]):.2f} for vision and {np.nanmean(text[:middle]):.2f} for text on "
-            f"average over the first {middle} layers, {np.nanmean(vision[middle:]):.2f} and "
-            f"{np.nanmean(text[middle:]):.2f} over the rest."
+            f"{what}: {average(vision[:middle])} for vision and {average(text[:middle])} for text on average over the "
+            f"first {middle} layers, {average(vision[middle:])} and {average(text[middle:])} over the rest."
         )
 
     return find

@@ -22,6 +22,7 @@ choice more careful. No side branch is trained for any of it.
 
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,12 +74,30 @@ class Choice:
 
 
 def choose_layer(means: dict[str, np.ndarray], fusion: int, threshold: float) -> Choice | None:
-    """The rule of this module; None if the KLs that it needs were not measured at layer F."""
+    """The rule of this module; None if at layer F no KL was measured, or each exceeds the threshold."""
     for criterion in ("withdrawal", "routing"):
         by_kl = kl_layer(means[criterion], fusion, threshold) if criterion in means else None
         if by_kl is not None:
             by_attention = plateau_layer(means["attention"], fusion) if "attention" in means else None
             return Choice(max(by_kl, by_attention or 1), by_kl, by_attention, criterion)
+    return None
+
+
+def obstacle(means: dict[str, np.ndarray], fusion: int, threshold: float, layers: Iterable[int]) -> str | None:
+    """Why the rule can choose no layer, and what to do, with the KLs of `layers` measured; None if it can."""
+    kls = [name for name in ("withdrawal", "routing") if name in means]
+    if not kls or fusion not in layers:
+        return (
+            f"the rule needs the withdrawal or routing KL at layer {fusion}, which was not measured. Have one of the "
+            f"two in --metrics, and {fusion} in --layers"
+        )
+    for name in kls:
+        for layer in layers:
+            if 1 <= layer <= fusion and not math.isfinite(means[name][layer]):
+                return f"the mean {name} KL at layer {layer} is not finite. Measure in float32, by --dtype"
+    if all(means[name][fusion] > threshold for name in kls):
+        hint = "" if "routing" in kls else ", and the routing KL was not measured. Add routing to --metrics"
+        return f"the {' and '.join(kls)} KL at layer {fusion} exceeds the threshold of {threshold:g} nats{hint}"
     return None
 
 
@@ -91,7 +110,7 @@ def explain(choice: Choice, means: dict[str, np.ndarray], fusion: int, threshold
         f"from layer {choice.by_kl} on {act} changes the next-token distribution by at most {worst:.2g} nats "
         f"(threshold {threshold:g})"
     )
-    if choice.criterion == "routing":
+    if choice.criterion == "routing" and "withdrawal" in means:
         kl += ", though the fusion layer still reads vision"
     if choice.layer == fusion:
         kl += ", which leaves no layer to skip"
@@ -118,7 +137,12 @@ def rounded(values: np.ndarray) -> list[float | None]:
 
 
 def recommend(
-    curves: dict[str, np.ndarray], fusion: int, threshold: float, is_routed: bool = False, seed: int = 0
+    curves: dict[str, np.ndarray],
+    fusion: int,
+    threshold: float,
+    is_routed: bool = False,
+    layers: Iterable[int] | None = None,
+    seed: int = 0,
 ) -> dict:
     """The recommended layer with its reason and its 95 % bootstrap interval, as saturation.json states it.
 
@@ -127,27 +151,27 @@ def recommend(
         fusion: F.
         threshold: of the KL, in nats.
         is_routed: whether the model is a DPVR.
+        layers: those whose KLs were measured; by default every one.
         seed: of the resamples.
     """
     curves = {name: values for name, values in curves.items() if not (is_routed and name == "attention")}
     num_samples = len(next(iter(curves.values())))
     means = {name: values.mean(0) for name, values in curves.items()}
+    reason = obstacle(means, fusion, threshold, range(fusion + 1) if layers is None else layers)
+    if reason:
+        return {"saturation_layer": None, "reason": f"No layer: {reason}.", "kl_threshold": threshold}
     choice = choose_layer(means, fusion, threshold)
-    if choice is None:
-        reason = f"No layer: the rule needs the withdrawal or routing KL at layer {fusion}, which was not measured."
-        return {"saturation_layer": None, "reason": reason, "kl_threshold": threshold}
     needed = [name for name in ("attention", "withdrawal", "routing") if name in curves]
     draws = np.random.default_rng(seed).integers(num_samples, size=(RESAMPLES, num_samples))
-    layers = []
+    chosen = []
     for draw in draws if num_samples > 1 else ():
         resampled = choose_layer({name: curves[name][draw].mean(0) for name in needed}, fusion, threshold)
-        layers.append(resampled.layer if resampled else fusion)
-    low, high = np.percentile(layers, [2.5, 97.5], method="nearest").tolist() if layers else (None, None)
+        chosen.append(resampled.layer if resampled else fusion)
     return {
         "saturation_layer": choice.layer,
         "reason": explain(choice, means, fusion, threshold, is_routed),
-        "interval_95": [low, high] if layers else None,
-        "share_of_resamples": float(np.mean([layer == choice.layer for layer in layers])) if layers else None,
+        "interval_95": np.percentile(chosen, [2.5, 97.5], method="nearest").tolist() if chosen else None,
+        "share_of_resamples": float(np.mean([layer == choice.layer for layer in chosen])) if chosen else None,
         "by_kl": choice.by_kl,
         "by_attention": choice.by_attention,
         "criterion": choice.criterion,
@@ -211,7 +235,11 @@ def summarize(settings: dict, rows: list[dict], threshold: float, command: str) 
         "text_tokens": text,
         "uniform_attention": round(float(np.mean([row["uniform_attention"] for row in rows])), 4),
         "recommendation": recommend(
-            curves, settings["first_fusion_layer"], threshold, settings["saturation_layer"] is not None
+            curves,
+            settings["first_fusion_layer"],
+            threshold,
+            settings["saturation_layer"] is not None,
+            settings["layers"],
         ),
         "curves": statistics,
         "cost": cost_table(settings, vision, text),

@@ -475,9 +475,24 @@ def test_where_the_fusion_layer_still_reads_vision_the_routing_kl_decides():
     useless = rule.recommend(curves(routing=[np.nan, *[5] * 6, 0]), 7, 0.003)
     assert useless["saturation_layer"] == 7
     assert "no layer to skip" in useless["reason"]
-    unknown = rule.recommend(curves([0.5] * 8), 7, 0.003)
-    assert unknown["saturation_layer"] is None
-    assert "layer 7, which was not measured" in unknown["reason"]
+    assert "fusion layer" not in useless["reason"]  # of which the withdrawal KL would tell
+
+
+@pytest.mark.parametrize(
+    ("kls", "layers", "reason"),
+    [
+        ({"attention": [0.5] * 8}, None, "needs the withdrawal or routing KL at layer 7, which was not measured"),
+        ({"withdrawal": [np.nan, 9, 0, *[np.nan] * 5]}, [1, 2], "at layer 7, which was not measured.*7 in --layers"),
+        ({"withdrawal": [9] * 8}, None, "withdrawal KL at layer 7 exceeds.*Add routing to --metrics"),
+        ({"withdrawal": [9] * 8, "routing": [9] * 8}, None, "withdrawal and routing KL at layer 7 exceeds .* nats.$"),
+        ({"withdrawal": [9] * 7 + [np.nan]}, None, "mean withdrawal KL at layer 7 is not finite.*--dtype"),
+        ({"withdrawal": [9, 9, 0, 0, np.nan, 0, 0, 0]}, [2, 4, 7], "mean withdrawal KL at layer 4 is not finite"),
+    ],
+)
+def test_why_no_layer_is_recommended_is_told(kls, layers, reason):
+    found = rule.recommend(curves(**kls), 7, 0.003, layers=layers)
+    assert found["saturation_layer"] is None
+    assert re.search(reason, found["reason"])
 
 
 def test_the_interval_covers_what_resamples_choose_and_one_sample_has_none():
@@ -584,6 +599,35 @@ def test_the_page_needs_no_other_file_and_follows_light_and_dark(digits_run):
     assert drawn.count("<figure>") == 2 * len(report.layers_to_draw(report.read_summary(digits_run), None))
     for finding in report.FINDINGS.values():
         assert finding(report.read_summary(digits_run)).replace("'", "&#x27;") in drawn
+
+
+def made_summary(layers=None, threshold=0.003, **curves):
+    """A summary of one sample of an 8-layer model."""
+    settings, row = one_row(**curves)
+    return rule.summarize(settings | {"layers": layers}, [row], threshold, "")
+
+
+@pytest.mark.parametrize(
+    ("last", "layers", "said"),
+    [
+        (0.0, None, "Removing vision stays within 0.003 nats from layer 2 on."),
+        (9.0, None, "Removing vision stays within 0.003 nats at no layer."),
+        (None, [2, 6], "The KL of removing vision was not measured at layer 7."),
+        (math.nan, None, "The KL of removing vision is not finite at layer 7."),
+    ],
+)
+def test_what_is_said_of_the_kl_is_what_was_measured_at_the_fusion_layer(last, layers, said):
+    assert report.find_kl(made_summary(layers, withdrawal=[9.0, 9, 0, 0, 0, 0, 0, last])) == said
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_where_no_token_moved_there_is_no_mean_angle():
+    moved = [None, *[0.5] * 7]
+    summary = made_summary(curvature_vision=[*moved[:4], *[None] * 4], curvature_text=moved)
+    said = report.FINDINGS["curvature"](summary)
+    assert said.endswith(
+        "0.50 for vision and 0.50 for text on average over the first 4 layers, none and 0.50 over the rest."
+    )
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_results(digits_run, tmp_path):
@@ -795,9 +839,6 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
     assert run(tmp_path / "run", "--questions", 1, "--num-fusion-layers", 8) == 1
     assert "--num-fusion-layers 8 leaves no other of 8 layers" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()  # the corrected command is not refused for what was refused
-    for wrong in (("--layers", "x"), ("--metrics", "colour"), ("--samples", "0")):
-        with pytest.raises(SystemExit):
-            run(tmp_path / "run", *wrong)
     sample = analysis.choose_samples(SimpleNamespace(data=None, questions=1, seed=0, samples=1, answers=False))[0]
     args = analysis.make_parser().parse_args(["--device", "cpu"])
     model, processor = analysis.load_model(args)
@@ -811,6 +852,22 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
         analysis.make_prompt(model, processor, sample, with_answer=False)
     with pytest.raises(rule.AnalysisError, match="Sample 0: it has no answer, which --answers needs"):
         analysis.make_prompt(model, processor, dataclasses.replace(sample, answer=None), with_answer=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--layers", "x", "not a list of layers"),
+        ("--metrics", "colour", "'colour' is none of"),
+        ("--samples", "0", "must be at least 1"),
+        ("--kl-threshold", "-1", "-1.0 must be at least 0"),
+        ("--kl-threshold", "nan", "nan must be at least 0"),
+    ],
+)
+def test_values_of_options_that_cannot_be_are_refused(option, value, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, option, value)
+    assert message in capsys.readouterr().err
 
 
 def test_the_picture_under_the_map_is_what_the_vision_tower_sees():
