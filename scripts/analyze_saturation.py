@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -202,6 +202,24 @@ def render(processor, sample: Sample) -> tuple[str, str | None]:
     return prompt, processor.apply_chat_template(messages, **template)
 
 
+def read_picture(image: Image.Image | Path) -> Image.Image:
+    """An upright RGB picture of 8 bits a channel, so that a LLaVA and its DPVR see the same: the processor of the one
+    neither turns a picture nor scales 16 bits, and makes a transparent colour white.
+
+    Raises:
+        OSError, ValueError, DecompressionBombError: it cannot be read, or its mode has no known range.
+    """
+    image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+    if image.mode.startswith("I;16"):
+        image = image if image.mode == "I;16" else image.convert("I")  # of another order of bytes
+        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut what is above 255
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"an image is of mode {image.mode}, whose range is not known. Convert it to RGB")
+    image = image.convert("RGB")
+    image.info.pop("transparency", None)
+    return image
+
+
 def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:
     """The sample as the model takes it.
 
@@ -210,7 +228,7 @@ def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:
             or the prompt is longer than the backbone's sliding window.
     """
     try:
-        images = [x if isinstance(x, Image.Image) else Image.open(x).convert("RGB") for x in sample.images]
+        images = [read_picture(image) for image in sample.images]
         prompt, full = render(processor, sample)
         if with_answer and full is None:
             raise ValueError("it has no answer, which --answers needs")

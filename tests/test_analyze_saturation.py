@@ -796,6 +796,31 @@ def test_llavas_data_format_is_measured_with_its_answers(tmp_path, capsys):
     assert "has no answer" in capsys.readouterr().err
 
 
+def test_pictures_are_read_as_the_dpvr_processor_reads_them(tmp_path):
+    from processing_dpvr import _decode
+
+    colours = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(colours).save(tmp_path / "turned.png", exif=exif)
+    levels = np.array([[0, 257, 1000, 40_000, 65_535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    Image.fromarray(levels.astype(">u2")).save(tmp_path / "swapped.tif")
+    assert np.array_equal(analysis.read_picture(tmp_path / "turned.png"), np.rot90(colours, -1))
+    for name in ("deep.png", "swapped.tif"):
+        assert np.asarray(analysis.read_picture(tmp_path / name))[0, :, 0].tolist() == [0, 1, 3, 155, 255]
+    indexed = Image.fromarray(np.array([[0, 1]], dtype=np.uint8))
+    indexed.putpalette([10, 20, 30, 40, 50, 60])
+    indexed.save(tmp_path / "clear.png", transparency=0)
+    assert "transparency" not in analysis.read_picture(tmp_path / "clear.png").info
+    for name in ("turned.png", "deep.png", "swapped.tif", "clear.png"):
+        with Image.open(tmp_path / name) as opened:
+            assert np.array_equal(analysis.read_picture(tmp_path / name), _decode(opened, name, 100))
+    Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="mode F, whose range is not known"):
+        analysis.read_picture(tmp_path / "float.tif")
+
+
 def test_question_files_and_folders_of_pictures_are_read(tmp_path):
     write_pictures(tmp_path, 2)
     (tmp_path / "1.txt").write_text("How many?\n")
