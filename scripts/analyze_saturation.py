@@ -230,7 +230,7 @@ def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:
     try:
         images = [read_picture(image) for image in sample.images]
         prompt, full = render(processor, sample)
-        if with_answer and full is None:
+        if with_answer and not sample.answer:
             raise ValueError("it has no answer, which --answers needs")
         inputs = processor(images=images, text=prompt, return_tensors="pt")
         length = inputs["input_ids"].shape[1]

@@ -875,8 +875,9 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
     model.config.text_config.sliding_window = 50
     with pytest.raises(rule.AnalysisError, match=r"Sample 0: \d+ tokens exceed text_config.sliding_window=50"):
         analysis.make_prompt(model, processor, sample, with_answer=False)
-    with pytest.raises(rule.AnalysisError, match="Sample 0: it has no answer, which --answers needs"):
-        analysis.make_prompt(model, processor, dataclasses.replace(sample, answer=None), with_answer=True)
+    for answer in (None, ""):
+        with pytest.raises(rule.AnalysisError, match="Sample 0: it has no answer, which --answers needs"):
+            analysis.make_prompt(model, processor, dataclasses.replace(sample, answer=answer), with_answer=True)
 
 
 @pytest.mark.parametrize(
