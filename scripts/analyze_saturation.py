@@ -575,7 +575,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {args.output / 'samples.jsonl'}", file=sys.stderr)
+        command = "the same command" + (" without --restart" if args.restart else "")
+        print(f"interrupted; {command} goes on from {args.output / 'samples.jsonl'}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -658,13 +658,19 @@ def test_an_interrupt_keeps_what_was_measured_and_more_questions_add_to_it(tmp_p
 
     monkeypatch.setattr(analysis, "measure", interrupted)
     assert run(tmp_path, "--questions", 1, "--metrics", "attention") == 130
-    assert "goes on from" in capsys.readouterr().err
+    assert "the same command goes on from" in capsys.readouterr().err
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
     assert run(tmp_path, "--questions", 1, "--metrics", "attention") == 0
     assert len(calls) == 5
     assert run(tmp_path, "--questions", 2, "--metrics", "attention") == 0
     assert len(calls) == 9
     assert report.read_summary(tmp_path)["recommendation"]["saturation_layer"] is None
+
+
+def test_an_interrupted_restart_is_not_told_to_restart_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(analysis, "analyze", lambda args: signal.raise_signal(signal.SIGTERM))
+    assert run(tmp_path, "--restart") == 130
+    assert "the same command without --restart goes on from" in capsys.readouterr().err
 
 
 def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
