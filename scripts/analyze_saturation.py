@@ -16,6 +16,7 @@ import math
 import os
 import random
 import resource
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -432,23 +433,23 @@ def save_maps(path: Path, sample: Sample, maps: torch.Tensor, picture: np.ndarra
 
 
 def shown(path: str | Path) -> str:
-    """A path as it is written into results: relative to this repository if it lies there."""
+    """A path as it is written into results: relative to this repository if it lies there. A Hub id stays as it is."""
     resolved = Path(path).resolve()
-    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else str(path)
+    return str(resolved.relative_to(ROOT)) if resolved.exists() and resolved.is_relative_to(ROOT) else str(path)
 
 
 def command_of(args: argparse.Namespace) -> str:
     """The command that measures the same, wherever it is run."""
-    parts = ["python scripts/analyze_saturation.py", shown(args.model)]
+    parts = ["python", "scripts/analyze_saturation.py", shown(args.model)]
     defaults = vars(make_parser().parse_args([]))
     hidden = {"model", "output", "restart", "compare", "device", "map_layers", "label"}
     for name, value in vars(args).items():
         if name in hidden or value == defaults[name]:
             continue
-        option = f"--{name.replace('_', '-')}"
-        text = "" if value is True else " " + (",".join(map(str, value)) if isinstance(value, list) else str(value))
-        parts.append(option + text)
-    return " ".join(parts)
+        parts.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            parts.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return shlex.join(parts)
 
 
 def format_number(value: float | None) -> str:

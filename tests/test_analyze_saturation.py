@@ -902,6 +902,16 @@ def test_values_of_options_that_cannot_be_are_refused(option, value, message, tm
     assert message in capsys.readouterr().err
 
 
+def test_the_command_of_the_results_is_one_that_a_shell_takes(monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")
+    given = ["org/model", "--question", "What's this?", "--data", "my photos", "--layers", "0,7", "--answers"]
+    assert analysis.command_of(analysis.make_parser().parse_args(given)) == (
+        "python scripts/analyze_saturation.py org/model --data 'my photos' "
+        """--question 'What'"'"'s this?' --answers --layers 0,7"""
+    )
+    assert analysis.shown("../examples/tiny-llava") == "examples/tiny-llava"
+
+
 def test_the_picture_under_the_map_is_what_the_vision_tower_sees():
     args = analysis.make_parser().parse_args(["--device", "cpu", "--questions", "1"])
     model, processor = analysis.load_model(args)
