@@ -37,7 +37,7 @@ from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import own_template
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
-from scripts.saturation_report import read_summary, write_report
+from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
 from training.data import read_rows as read_conversations
 
@@ -324,6 +324,16 @@ def check_settings(path: Path, settings: dict) -> None:
             )
 
 
+def discard(folder: Path) -> None:
+    """Removes the results and plots of an earlier run, and nothing else."""
+    plots = [f"{name}.{ending}" for name in PLOTS for ending in ("png", "svg")]
+    results = ("settings.json", "samples.jsonl", "saturation.json", "report.html", "overview.png", "maps.png")
+    for path in [folder / name for name in (*results, *plots)]:
+        path.unlink(missing_ok=True)
+    for path in (folder / "maps").glob("*.npz"):
+        path.unlink()
+
+
 def make_settings(args: argparse.Namespace, model) -> dict:
     """All that decides what a row of the results holds."""
     config = model.config
@@ -381,8 +391,10 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
     model, processor = load_model(args)
     num_layers = model.config.text_config.num_hidden_layers
     check_layers(args, num_layers)
-    (args.output / "maps").mkdir(parents=True, exist_ok=True)
     settings = make_settings(args, model)
+    if args.restart:
+        discard(args.output)
+    (args.output / "maps").mkdir(parents=True, exist_ok=True)
     check_settings(args.output / "settings.json", settings)
     path = args.output / "samples.jsonl"
     rows = {row["sample"]: row for row in read_rows(path)}
@@ -539,20 +551,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def discard(folder: Path) -> None:
-    """Removes the results of an earlier run, and nothing else."""
-    for path in [folder / name for name in ("settings.json", "samples.jsonl", "saturation.json", "report.html")]:
-        path.unlink(missing_ok=True)
-    for path in (folder / "maps").glob("*.npz"):
-        path.unlink()
-
-
 def analyze(args: argparse.Namespace) -> dict:
     """Measures, recommends and writes all files; returns the summary."""
     other = read_summary(args.compare) if args.compare else None
     samples = choose_samples(args)
-    if args.restart:
-        discard(args.output)
     settings, rows = run(args, samples)
     summary = summarize(settings, rows, args.kl_threshold, command_of(args))
     summary["label"] = args.label or Path(settings["model"]).name

@@ -673,6 +673,21 @@ def test_an_interrupted_restart_is_not_told_to_restart_again(tmp_path, monkeypat
     assert "the same command without --restart goes on from" in capsys.readouterr().err
 
 
+def test_a_restart_discards_results_and_plots_once_all_is_checked(tmp_path):
+    options = ("--questions", 1, "--samples", 1, "--metrics", "withdrawal", "--layers", "7")
+    assert run(tmp_path, *options) == 0
+    (tmp_path / "mine.png").write_bytes(b"")
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert run(tmp_path, ROOT / "no-model", "--restart", *options) == 1
+    assert run(tmp_path, "--restart", *options[:-1], "8") == 1
+    assert run(tmp_path, "--restart", "--data", tmp_path / "no.json") == 1
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    (tmp_path / "curvature.svg").write_bytes(b"")  # of a run with other metrics
+    assert run(tmp_path, "--restart", *options, "--seed", 1) == 0
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
+
+
 def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
     assert run(digits_run, "--questions", 2, "--metrics", "attention") == 1
     error = capsys.readouterr().err
