@@ -310,12 +310,19 @@ def check_settings(path: Path, settings: dict) -> None:
     """Refuses to mix results of another model, or measured otherwise, with those of this run.
 
     Raises:
-        AnalysisError: naming the setting and its two values.
+        AnalysisError: naming the setting and its two values, or `path` if it holds no settings.
     """
     if not path.is_file():
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        part = path.with_suffix(".part")  # complete or not there
+        part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise AnalysisError(f"{path} holds no settings. Choose another --output, or --restart to discard its results.")
     for name in settings.keys() | stored.keys():
         if stored.get(name) != settings.get(name):
             raise AnalysisError(

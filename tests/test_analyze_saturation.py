@@ -708,6 +708,21 @@ def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
         (digits_run / "settings.json").write_text(json.dumps({**settings, "format": 3}))
 
 
+@pytest.mark.parametrize("content", ['{"format": 3,', "[]"])
+def test_settings_are_whole_or_not_there_and_broken_ones_are_refused(content, tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "replace", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            analysis.check_settings(path, {"format": 3})
+    assert not path.exists()
+    analysis.check_settings(path, {"format": 3})
+    assert json.loads(path.read_text()) == {"format": 3}
+    path.write_text(content)
+    with pytest.raises(rule.AnalysisError, match=r"settings\.json holds no settings\. Choose another --output"):
+        analysis.check_settings(path, {"format": 3})
+
+
 def test_other_images_or_answers_under_the_same_names_are_not_mixed(tmp_path, capsys):
     for name, colour in (("a", "red"), ("b", "blue")):
         (tmp_path / name).mkdir()
