@@ -350,7 +350,7 @@ def make_settings(args: argparse.Namespace, model) -> dict:
         "model_type": config.model_type,
         "fingerprint": fingerprint(model),
         "num_hidden_layers": config.text_config.num_hidden_layers,
-        "first_fusion_layer": first_fusion_layer(config, args.num_fusion_layers),
+        "first_fusion_layer": first_fusion_layer(config, args.num_fusion_layers or 1),
         "saturation_layer": getattr(config, "saturation_layer", None),
         "num_side_layers": getattr(config, "num_side_layers", 1),
         "text_config": config.text_config.to_diff_dict(),
@@ -381,11 +381,17 @@ def check_row(row: dict, sample: Sample, path: Path) -> None:
         )
 
 
-def check_layers(args: argparse.Namespace, num_layers: int) -> None:
-    if args.layers and args.layers[-1] >= num_layers:
-        raise AnalysisError(f"--layers names layer {args.layers[-1]}, but the decoder has {num_layers}, from 0 on.")
-    if args.num_fusion_layers >= num_layers:
-        raise AnalysisError(f"--num-fusion-layers {args.num_fusion_layers} leaves no other of {num_layers} layers.")
+def check_layers(args: argparse.Namespace, config) -> None:
+    """Raises AnalysisError if a layer is not in the decoder, or there are other fusion layers than a DPVR has."""
+    num_layers = config.text_config.num_hidden_layers
+    for option, layers in (("--layers", args.layers), ("--map-layers", args.map_layers)):
+        if layers and layers[-1] >= num_layers:
+            raise AnalysisError(f"{option} names layer {layers[-1]}, but the decoder has {num_layers}, from 0 on.")
+    given, own = args.num_fusion_layers, getattr(config, "num_fusion_layers", None)
+    if (given or 1) >= num_layers:
+        raise AnalysisError(f"--num-fusion-layers {given or 1} leaves no other of {num_layers} layers.")
+    if None not in (given, own) and given != own:
+        raise AnalysisError(f"--num-fusion-layers {given}, but {args.model} is a DPVR with {own}. Leave it out.")
 
 
 def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dict]]:
@@ -397,7 +403,8 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
     """
     model, processor = load_model(args)
     num_layers = model.config.text_config.num_hidden_layers
-    check_layers(args, num_layers)
+    check_layers(args, model.config)
+    num_fusion_layers = args.num_fusion_layers or 1  # of a LLaVA; a DPVR states its own
     settings = make_settings(args, model)
     if args.restart:
         discard(args.output)
@@ -425,7 +432,7 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
             if not is_checked:
                 check_backbone(model, prompt)
                 is_checked = True
-            values, maps = measure(model, prompt, args.metrics, args.layers, args.num_fusion_layers, bar.update)
+            values, maps = measure(model, prompt, args.metrics, args.layers, num_fusion_layers, bar.update)
             vision_tokens = int(prompt.is_vision.sum())
             tokens = {"vision_tokens": vision_tokens, "text_tokens": prompt.length - vision_tokens}  # no answer's
             if maps is not None and len(chosen) < args.maps:
@@ -500,8 +507,10 @@ def layer_list(text: str) -> list[int]:
         for part in text.split(","):
             first, _, last = part.partition("-")
             layers.update(range(int(first), int(last or first) + 1))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,4,8-12") from error
+    except ValueError:
+        layers.clear()
+    if not layers:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,4,8-12")
     return sorted(layers)
 
 
@@ -542,7 +551,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--answers", action="store_true", help="measure KL at the tokens of the data's answers, not the next alone")
     add("--metrics", type=metric_list, default=list(METRICS), help=f"of {','.join(METRICS)} (default: all)")
     add("--layers", type=layer_list, help="for the KL metrics, such as 0,4,8-12 (default: all)")
-    add("--num-fusion-layers", type=int, default=1, help="of the DPVR to be made (default: %(default)s)")
+    add("--num-fusion-layers", type=int, help="of the DPVR to be made (default: 1, or those that a DPVR has)")
     add("--kl-threshold", type=float, default=KL_THRESHOLD, help="in nats (default: %(default)s)")
     add("--maps", type=int, default=4, help="samples whose attention is drawn over the picture (default: %(default)s)")
     add("--map-layers", type=layer_list, help="layers drawn there (default: six of them)")

@@ -369,7 +369,7 @@ def layers_to_draw(summary: dict, chosen: list[int] | None) -> list[int]:
     """Those asked for, else about six over the depth of the decoder, the recommended one among them."""
     num_layers = summary["settings"]["num_hidden_layers"]
     if chosen:
-        return [layer for layer in chosen if layer < num_layers]
+        return chosen
     spread = {round(x) for x in np.linspace(0, num_layers - 1, min(6, num_layers))}
     return sorted(spread | {summary["recommendation"]["saturation_layer"] or 0})
 

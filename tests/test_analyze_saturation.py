@@ -782,6 +782,8 @@ def test_samples_that_cannot_be_measured_are_told_and_left_out(tmp_path, capsys)
 def test_dense_and_dpvr_are_compared_in_the_same_plots(digits_run, dpvr_folder, tmp_path, capsys):
     assert run(tmp_path / "no", dpvr_folder) == 1
     assert "--trust-remote-code" in capsys.readouterr().err
+    assert run(tmp_path / "no", dpvr_folder, "--trust-remote-code", "--num-fusion-layers", 2) == 1
+    assert "--num-fusion-layers 2, but " in capsys.readouterr().err
     options = ("--questions", 2, "--trust-remote-code", "--compare", digits_run, "--label", "DPVR")
     assert run(tmp_path / "run", dpvr_folder, *options) == 0
     summary, dense = report.read_summary(tmp_path / "run"), report.read_summary(digits_run)
@@ -897,6 +899,8 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
     assert "cannot be loaded" in capsys.readouterr().err
     assert run(tmp_path / "run", "--questions", 1, "--layers", "3-9") == 1
     assert "layer 9, but the decoder has 8" in capsys.readouterr().err
+    assert run(tmp_path / "run", "--questions", 1, "--map-layers", "1,40") == 1
+    assert "--map-layers names layer 40, but the decoder has 8" in capsys.readouterr().err
     assert run(tmp_path / "run", "--questions", 1, "--num-fusion-layers", 8) == 1
     assert "--num-fusion-layers 8 leaves no other of 8 layers" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()  # the corrected command is not refused for what was refused
@@ -920,6 +924,7 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
     ("option", "value", "message"),
     [
         ("--layers", "x", "not a list of layers"),
+        ("--layers", "5-3", "not a list of layers"),
         ("--metrics", "colour", "'colour' is none of"),
         ("--samples", "0", "must be at least 1"),
         ("--kl-threshold", "-1", "-1.0 must be at least 0"),
