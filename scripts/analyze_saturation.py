@@ -82,7 +82,10 @@ def folder_samples(folder: Path, question: str) -> list[Sample]:
     samples = []
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES):
         text = path.with_suffix(".txt")
-        asked = text.read_text(encoding="utf-8").strip() if text.is_file() else question
+        try:
+            asked = text.read_text(encoding="utf-8").strip() if text.is_file() else question
+        except UnicodeDecodeError as error:
+            raise AnalysisError(f"{text} is not UTF-8: {error}. Save it as UTF-8.") from error
         samples.append(Sample(path.name, (path,), asked))
     return samples
 
@@ -514,6 +517,15 @@ def layer_list(text: str) -> list[int]:
     return sorted(layers)
 
 
+def usable_device(text: str) -> str:
+    """A device of torch on which this build of it has put something."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return text
+
+
 def metric_list(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
@@ -559,7 +571,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--label", help="name of this run in the plots (default: the model's)")
     add("--seed", type=int, default=0, help="of the questions or of the order of --data (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's; float32 for float16 on a CPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=device, help="default: %(default)s")
     add("--attention", choices=("sdpa", "eager"), default="sdpa", help="default: %(default)s")
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--trust-remote-code", action="store_true", help="run the code in the model's folder, as a DPVR needs")

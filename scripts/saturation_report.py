@@ -49,6 +49,9 @@ STYLE = {
     "lines.markersize": 4.5,
 }
 MAP_PIXELS = 168
+# What is read of a saturation.json
+KEYS = {"cost", "curves", "label", "recommendation", "samples", "settings"}
+KEYS |= {"text_tokens", "uniform_attention", "vision_tokens"}
 
 
 def read_summary(folder: Path) -> dict:
@@ -59,9 +62,13 @@ def read_summary(folder: Path) -> dict:
     """
     path = folder / "saturation.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AnalysisError(f"{path} cannot be read: {error}") from error
+    missing = sorted(KEYS - summary.keys()) if isinstance(summary, dict) else sorted(KEYS)
+    if missing:
+        raise AnalysisError(f"{path} is not a result of analyze_saturation.py: it has no {', '.join(missing)}.")
+    return summary
 
 
 # ------------------------------------------------------------------------------------------------------------ plots

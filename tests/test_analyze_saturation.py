@@ -803,6 +803,14 @@ def test_dense_and_dpvr_are_compared_in_the_same_plots(digits_run, dpvr_folder, 
     assert "saturation.json cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"settings": {}, "curves": {}}'])
+def test_a_file_of_another_kind_is_not_compared_with(content, tmp_path, capsys):
+    (tmp_path / "saturation.json").write_text(content)
+    assert run(tmp_path / "run", "--compare", tmp_path) == 1
+    assert "is not a result of analyze_saturation.py: it has no cost, " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def write_pictures(folder, number):
     for i in range(number):
         Image.new("RGB", (40 + i, 30), (40 * i, 90, 10)).save(folder / f"{i}.png")
@@ -872,6 +880,9 @@ def test_question_files_and_folders_of_pictures_are_read(tmp_path):
     args = analysis.make_parser().parse_args(["--data", str(tmp_path), "--samples", "1"])
     every = analysis.make_parser().parse_args(["--data", str(tmp_path)])
     assert analysis.choose_samples(args) == analysis.choose_samples(every)
+    (tmp_path / "1.txt").write_bytes("Wieviel Stück?".encode("latin-1"))
+    with pytest.raises(rule.AnalysisError, match=r"1\.txt is not UTF-8: .*Save it as UTF-8"):
+        analysis.folder_samples(tmp_path, "What?")
 
 
 @pytest.mark.parametrize(
@@ -927,6 +938,8 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
         ("--layers", "5-3", "not a list of layers"),
         ("--metrics", "colour", "'colour' is none of"),
         ("--samples", "0", "must be at least 1"),
+        ("--device", "gpu", "'gpu' cannot be used: "),
+        ("--device", "cuda:99", "'cuda:99' cannot be used: "),
         ("--kl-threshold", "-1", "-1.0 must be at least 0"),
         ("--kl-threshold", "nan", "nan must be at least 0"),
     ],
