@@ -19,7 +19,7 @@ import resource
 import shlex
 import signal
 import sys
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +39,7 @@ from read_llava import own_template
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
 from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
+from training.data import BadRowError, read_turn
 from training.data import read_rows as read_conversations
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -97,36 +98,60 @@ def read_entries(path: Path) -> list:
         raise AnalysisError(str(error)) from error
 
 
+def read_entry(entry: dict) -> tuple[list[str], str, str | None]:
+    """The images of an entry's first question, that question, and its answer if the next turn is one.
+
+    Raises:
+        BadRowError: there is no question, or an image or a turn is not what the format says.
+    """
+    names = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+    if not all(isinstance(name, str) for name in names):
+        raise BadRowError("malformed", "an image is no path")
+    turns = entry.get("conversations") or [{"from": "human", "value": entry["text"]}]
+    if not isinstance(turns, list):
+        raise BadRowError("malformed", "its conversations are no list")
+    messages = [read_turn(turn, number) for number, turn in enumerate(turns)]
+    while messages and messages[0]["role"] != "user":
+        messages.pop(0)
+    if not messages:
+        raise BadRowError("no conversation", "no turn is the human's")
+    texts = [message["content"][-1]["text"] for message in messages]
+    counts = [len(message["content"]) - 1 for message in messages]
+    is_answered = len(messages) > 1 and messages[1]["role"] == "assistant"
+    names = names[: counts[0]] if sum(counts) == len(names) else names  # the others belong to later turns
+    return names, texts[0], texts[1] if is_answered else None
+
+
 def llava_samples(path: Path, images: Path) -> tuple[list[Sample], list[str]]:
-    """Samples of LLaVA's training format (`conversations`, whose first turns count) or of its questions (`text`), and
-    a sentence for each reason for which entries are left out."""
-    samples, left_out = [], Counter()
+    """Samples of LLaVA's training format (`conversations`, whose first question counts) or of its questions (`text`),
+    and a sentence for each reason for which entries are left out."""
+    samples, left_out = [], defaultdict(list)
     for index, entry in enumerate(read_entries(path)):
         where = f"{path}, entry {index}"
         if not isinstance(entry, dict):
             raise AnalysisError(f"{where} is a {type(entry).__name__}, not an object.")
         if not entry.get("image"):
-            left_out["have no image"] += 1
+            left_out["have no image"].append(index)
             continue
-        paths = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
-        paths = [images / name for name in paths]
-        turns = [turn.get("value", "") for turn in entry.get("conversations") or []]
-        if turns:
-            counts = [turn.count("<image>") for turn in turns]
-            paths = paths[: counts[0]] if sum(counts) == len(paths) else paths  # the others belong to later turns
-        elif "text" in entry:
-            turns = [entry["text"]]
-        else:
+        if not entry.get("conversations") and "text" not in entry:
             raise AnalysisError(f"{where} has neither conversations nor text.")
+        try:
+            names, question, answer = read_entry(entry)
+        except BadRowError as error:
+            left_out[f"are malformed ({error.detail})"].append(index)
+            continue
+        paths = [images / name for name in names]
         if not paths:
-            left_out["have no image in their first turn"] += 1
+            left_out["have no image in their first turn"].append(index)
         elif not all(each.is_file() for each in paths):
-            left_out[f"name images that are no files in {images}"] += 1
+            left_out[f"name images that are no files in {images}"].append(index)
         else:
-            question = turns[0].replace("<image>", "").strip()
             name = str(entry.get("id", entry.get("question_id", index)))
-            samples.append(Sample(f"{index}:{name}", tuple(paths), question, turns[1] if len(turns) > 1 else None))
-    return samples, [f"{number} entries of {path} {reason} and are left out." for reason, number in left_out.items()]
+            samples.append(Sample(f"{index}:{name}", tuple(paths), question, answer))
+    return samples, [
+        f"{len(indices)} entries of {path}, first entry {indices[0]}, {reason} and are left out."
+        for reason, indices in left_out.items()
+    ]
 
 
 def choose_samples(args: argparse.Namespace) -> list[Sample]:

@@ -751,10 +751,9 @@ def test_samples_that_cannot_be_measured_are_told_and_left_out(tmp_path, capsys)
     entries = [{"image": name, "conversations": turns} for name in names]
     later = [*turns, {"from": "human", "value": "<image>\nAnd?"}]
     entries[-1] = {"image": ["good.png", "bomb.png"], "conversations": later}  # the second is in a later turn
-    entries.append(
-        {"image": "good.png", "conversations": [{"value": "What?"}, {"value": "seven"}]}
-    )  # and this nowhere
-    entries.append({"image": "good.png", "conversations": [{"value": "What?"}, *turns]})
+    plain = {"from": "human", "value": "What?"}
+    entries.append({"image": "good.png", "conversations": [plain, turns[1]]})  # and this nowhere
+    entries.append({"image": "good.png", "conversations": [plain, turns[1], *turns]})
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     assert run(tmp_path / "run", "--data", data, "--metrics", "withdrawal", "--layers", "7") == 0
@@ -762,6 +761,7 @@ def test_samples_that_cannot_be_measured_are_told_and_left_out(tmp_path, capsys)
     assert "1 entries of " in error
     assert f"name images that are no files in {tmp_path} and are left out" in error
     assert "have no image in their first turn and are left out" in error
+    assert f"1 entries of {data}, first entry 6, have no image in" in error
     assert "left out: Sample 1:1: Image size (400000000 pixels) exceeds limit" in error
     assert "left out: Sample 2:2: cannot identify image file" in error
     rows, summary = results(tmp_path / "run")
@@ -883,6 +883,39 @@ def test_question_files_and_folders_of_pictures_are_read(tmp_path):
     (tmp_path / "1.txt").write_bytes("Wieviel Stück?".encode("latin-1"))
     with pytest.raises(rule.AnalysisError, match=r"1\.txt is not UTF-8: .*Save it as UTF-8"):
         analysis.folder_samples(tmp_path, "What?")
+
+
+def test_the_first_question_is_the_first_of_the_human_and_its_answer_the_next_turn():
+    human, gpt = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "seven"}
+    system, later = {"from": "system", "value": "Be kind."}, {"from": "human", "value": "<image>And?"}
+    for turns in ([human, gpt], [system, human, gpt], [gpt, human, gpt, later, gpt]):
+        names = ["0.png", "1.png"][: sum("<image>" in turn["value"] for turn in turns)]
+        entry = {"image": names, "conversations": turns}
+        assert analysis.read_entry(entry) == (["0.png"], "What?", "seven")
+    assert analysis.read_entry({"image": "0.png", "conversations": [human, later, gpt]})[1:] == ("What?", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"conversations": [{"from": "human", "value": None}]}, "turn 0 has no role or no text"),
+        ({"conversations": ["What?"]}, "turn 0 has no role or no text"),
+        ({"conversations": {"human": "What?"}}, "its conversations are no list"),
+        ({"conversations": [{"from": "gpt", "value": "seven"}]}, "no turn is the human's"),
+        ({"text": None}, "turn 0 has no role or no text"),
+        ({"image": [3]}, "an image is no path"),
+        ({"image": {"path": "0.png"}}, "an image is no path"),
+    ],
+)
+def test_malformed_entries_are_left_out_with_the_reason(change, reason, tmp_path):
+    write_pictures(tmp_path, 1)
+    good = {"image": "0.png", "text": "What?"}
+    (tmp_path / "data.json").write_text(json.dumps([good, good | change]))
+    samples, left_out = analysis.llava_samples(tmp_path / "data.json", tmp_path)
+    assert [sample.id for sample in samples] == ["0:0"]
+    assert left_out == [
+        f"1 entries of {tmp_path / 'data.json'}, first entry 1, are malformed ({reason}) and are left out."
+    ]
 
 
 @pytest.mark.parametrize(
