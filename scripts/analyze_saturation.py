@@ -422,6 +422,20 @@ def check_layers(args: argparse.Namespace, config) -> None:
         raise AnalysisError(f"--num-fusion-layers {given}, but {args.model} is a DPVR with {own}. Leave it out.")
 
 
+def map_path(args: argparse.Namespace, number: int) -> Path:
+    return args.output / "maps" / f"{number:04}.npz"
+
+
+def add_map(args: argparse.Namespace, model, processor, sample: Sample, number: int) -> None:
+    """Makes the map of a sample that was measured with a smaller `--maps`, by a pass of its own."""
+    path = map_path(args, number)
+    if number >= args.maps or "attention" not in args.metrics or path.is_file():
+        return
+    prompt = make_prompt(model, processor, sample, args.answers)
+    _, maps = measure(model, prompt, ["attention"])
+    save_maps(path, sample, maps, picture_of(prompt, processor))
+
+
 def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dict]]:
     """Measures the samples that OUTPUT lacks; returns settings and the rows of all, in order. For a sample that cannot
     be measured the next one stands in, as far as there are more than `--samples`.
@@ -450,6 +464,7 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
             try:
                 if (row := rows.get(sample.id)) is not None:
                     check_row(row, sample, path)
+                    add_map(args, model, processor, sample, len(chosen))
                     chosen.append(row)
                     bar.update(passes)
                     continue
@@ -464,7 +479,7 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
             vision_tokens = int(prompt.is_vision.sum())
             tokens = {"vision_tokens": vision_tokens, "text_tokens": prompt.length - vision_tokens}  # no answer's
             if maps is not None and len(chosen) < args.maps:
-                save_maps(args.output / "maps" / f"{len(chosen):04}.npz", sample, maps, picture_of(prompt, processor))
+                save_maps(map_path(args, len(chosen)), sample, maps, picture_of(prompt, processor))
             row = {"sample": sample.id, "question": sample.question, "digest": sample.digest(), **tokens, **values}
             append_row(path, row)
             chosen.append(row)

@@ -673,6 +673,22 @@ def test_an_interrupted_restart_is_not_told_to_restart_again(tmp_path, monkeypat
     assert "the same command without --restart goes on from" in capsys.readouterr().err
 
 
+def test_maps_asked_for_later_are_those_of_the_first_run(tmp_path):
+    options = ("--questions", 1, "--metrics", "attention")
+    assert run(tmp_path / "once", *options, "--maps", 2) == 0
+    assert run(tmp_path / "later", *options, "--maps", 0) == 0
+    rows = (tmp_path / "later" / "samples.jsonl").read_text()
+    assert run(tmp_path / "later", *options, "--maps", 2) == 0
+    assert (tmp_path / "later" / "samples.jsonl").read_text() == rows
+    once, later = (report.read_maps(tmp_path / folder / "maps") for folder in ("once", "later"))
+    assert len(later) == 2
+    for one, other in zip(once, later, strict=True):
+        assert one[0] == other[0]
+        np.testing.assert_allclose(one[1], other[1], atol=1e-6)
+        assert np.array_equal(one[2], other[2])
+    assert (tmp_path / "later" / "maps.png").is_file()
+
+
 def test_a_restart_discards_results_and_plots_once_all_is_checked(tmp_path):
     options = ("--questions", 1, "--samples", 1, "--metrics", "withdrawal", "--layers", "7")
     assert run(tmp_path, *options) == 0
