@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -39,7 +39,7 @@ from read_llava import own_template
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
 from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
-from training.data import BadRowError, read_turn
+from training.data import BadRowError, read_picture, read_turn
 from training.data import read_rows as read_conversations
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -229,24 +229,6 @@ def render(processor, sample: Sample) -> tuple[str, str | None]:
         return prompt, None
     messages.append({"role": "assistant", "content": [{"type": "text", "text": sample.answer}]})
     return prompt, processor.apply_chat_template(messages, **template)
-
-
-def read_picture(image: Image.Image | Path) -> Image.Image:
-    """An upright RGB picture of 8 bits a channel, so that a LLaVA and its DPVR see the same: the processor of the one
-    neither turns a picture nor scales 16 bits, and makes a transparent colour white.
-
-    Raises:
-        OSError, ValueError, DecompressionBombError: it cannot be read, or its mode has no known range.
-    """
-    image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
-    if image.mode.startswith("I;16"):
-        image = image if image.mode == "I;16" else image.convert("I")  # of another order of bytes
-        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut what is above 255
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"an image is of mode {image.mode}, whose range is not known. Convert it to RGB")
-    image = image.convert("RGB")
-    image.info.pop("transparency", None)
-    return image
 
 
 def make_prompt(model, processor, sample: Sample, with_answer: bool) -> Prompt:

@@ -33,7 +33,16 @@ from scripts import train_side_branch
 from scripts.train_tiny_llava import answer_mask, conversation, generate_answers
 from training import features as feature_cache
 from training.adapters import from_llava, load_adapter, processor_from_llava
-from training.data import BadRowError, BadRows, Collator, ConversationDataset, encode, read_conversation, read_rows
+from training.data import (
+    BadRowError,
+    BadRows,
+    Collator,
+    ConversationDataset,
+    encode,
+    open_image,
+    read_conversation,
+    read_rows,
+)
 from training.staged import IGNORED, StagedModel, collate_rows, predicts, split_rows
 from training.trainer import TRAINED_WEIGHTS, GroupedByLength, SideBranchTrainer, last_checkpoint
 
@@ -710,6 +719,18 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
     given = train(embedded, pictures, tmp_path / "out", "--eval-rows", 2)
     for options, strategy in (([], "steps"), (["--eval_strategy=epoch"], "epoch"), (["--eval_strategy", "no"], "no")):
         assert train_side_branch.parse_args([*given, *options])[1].eval_strategy == strategy
+
+
+def test_a_picture_of_16_bits_or_turned_by_its_camera_is_trained_on_as_it_looks(tmp_path):
+    grey = np.array([[0, 257], [515, 65535]], "<u2")
+    Image.frombytes("I;16", (2, 2), grey.tobytes()).save(tmp_path / "deep.png")
+    assert np.asarray(open_image("deep.png", tmp_path))[..., 0].tolist() == [[0, 1], [2, 255]]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(np.array([[[0] * 3, [90] * 3]], "uint8")).save(tmp_path / "turned.png", exif=exif)
+    turned = open_image("turned.png", tmp_path)
+    assert np.asarray(turned)[..., 0].tolist() == [[0], [90]]
+    assert not turned.getexif().get(0x0112)
 
 
 def test_an_adapter_that_is_there_is_not_trained_over(embedded, pictures, tmp_path, capsys):

@@ -21,9 +21,10 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -165,6 +166,24 @@ def read_turn(turn: dict, number: int) -> dict:
     return {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
 
 
+def read_picture(image: Image.Image | Path | BinaryIO) -> Image.Image:
+    """An upright RGB picture of 8 bits a channel, so that a LLaVA and its DPVR see the same: the processor of the one
+    neither turns a picture nor scales 16 bits, and makes a transparent colour white.
+
+    Raises:
+        OSError, ValueError, DecompressionBombError: it cannot be read, or its mode has no known range.
+    """
+    image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+    if image.mode.startswith("I;16"):
+        image = image if image.mode == "I;16" else image.convert("I")  # of another order of bytes
+        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut what is above 255
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"an image is of mode {image.mode}, whose range is not known. Convert it to RGB")
+    image = image.convert("RGB")
+    image.info.pop("transparency", None)
+    return image
+
+
 def open_image(image, folder: Path) -> Image.Image:
     """An image of a row, decoded: a path below `folder`, bytes or a path as `datasets` has them, or a PIL image.
 
@@ -180,7 +199,7 @@ def open_image(image, folder: Path) -> Image.Image:
             image = folder / image
         elif isinstance(image, bytes):
             image = io.BytesIO(image)
-        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+        return read_picture(image)
 
 
 def answer_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
