@@ -411,7 +411,7 @@ def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
     results = read_json(path)
     try:
         analyzed, layer = results["settings"]["num_hidden_layers"], results["recommendation"]["saturation_layer"]
-        reason = f"{results['samples']} samples; {results['recommendation']['reason']}"
+        reason, num_samples = results["recommendation"]["reason"], results["samples"]
     except KeyError as error:
         raise ConversionError(f"{path} is not a result of analyze_saturation.py: it has no {error}.") from error
     except TypeError as error:
@@ -420,7 +420,7 @@ def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
         raise ConversionError(f"{path} is about a decoder of {analyzed} layers, but the source has {num_layers}.")
     if layer is None:
         raise ConversionError(f"{path} recommends no layer: {reason}")
-    return layer, f"by the analysis in {folder}: {reason}"
+    return layer, f"by the analysis of {num_samples} samples in {folder}: {reason}"
 
 
 def choose_saturation_layer(

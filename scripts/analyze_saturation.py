@@ -560,7 +560,7 @@ EXAMPLES = """\
 examples:
   python scripts/analyze_saturation.py                                        the embedded LLaVA on its digit task
   python scripts/analyze_saturation.py llava-hf/llava-1.5-7b-hf --data llava_v1_5_mix665k.json \\
-      --image-folder images --samples 100 --output saturation-7b              LLaVA's data format
+      --image-folder images --samples 100 --answers --output saturation-7b    LLaVA's data format
   python scripts/analyze_saturation.py ./llava --data ./photos --question "What is this?"
   python scripts/analyze_saturation.py ./llava --data ./photos --layers 8-31 --metrics attention,hidden,withdrawal
   python scripts/analyze_saturation.py dpvr-tiny --trust-remote-code --output saturation-dpvr --compare saturation

@@ -1034,6 +1034,7 @@ def write_analysis(folder, num_layers=8, layer=3, reason="because"):
     results = {
         "settings": {"num_hidden_layers": num_layers},
         "recommendation": {"saturation_layer": layer, "reason": reason},
+        "samples": 3,
     }
     (folder / "saturation.json").write_text(json.dumps(results))
 
@@ -1059,4 +1060,5 @@ def test_the_converter_refuses_an_analysis_that_it_cannot_follow(tmp_path):
     adapter = ROOT / "examples" / "dpvr-tiny-adapter"
     assert "trained with saturation layer 4, but 3 was asked for" in refusal(adapter=adapter)
     summary = convert(tiny, output, saturation_layer="auto", analysis=tmp_path, dry_run=True)
-    assert (summary.saturation_layer, "because" in summary.saturation_reason) == (3, True)
+    assert summary.saturation_layer == 3
+    assert summary.saturation_reason == f"by the analysis of 3 samples in {tmp_path}: because"

@@ -608,7 +608,9 @@ def test_training_lowers_the_loss_and_writes_an_adapter_that_loads(embedded, pic
     loaded = load_adapter(plain, output)
     copies = [w for name, w in loaded.named_parameters() if "ln_tuning_layers" in name and "down_proj" in name]
     assert before == 0 < copies[0].abs().max()
-    assert train_side_branch.main(train(embedded, pictures, tmp_path / "none", "--data", tmp_path / "none.json")) == 1
+    with pytest.raises(SystemExit):
+        train_side_branch.main(train(embedded, pictures, tmp_path / "none", "--data", tmp_path / "none.json"))
+    assert "none.json does not exist" in capsys.readouterr().err
 
 
 def test_a_killed_run_resumes_with_the_losses_of_one_that_was_not(embedded, pictures, tmp_path):
