@@ -754,9 +754,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             return None
         else:
             is_vision = input_ids == self.config.image_token_id
-        if has_images or input_ids is None:
+        if has_images:
             return is_vision
         if is_vision.any():
+            if input_ids is None:
+                return is_vision
             advice = (
                 "but no image came with them. Pass pixel_values; or inputs_embeds that hold the image features, with "
                 "mm_token_type_ids; or, if these are generated tokens and no images, mm_token_type_ids of zeros."
@@ -995,12 +997,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 "tensor, 2D or 4D."
             )
         num_masked = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else None
-        # A mask as wide as a static cache covers all that it holds, whose number is on the device
-        is_wide = num_masked is None or (isinstance(num_seen, torch.Tensor) and num_masked >= cache.get_max_length(0))
-        if not is_wide and num_masked < int(num_seen) + length:
+        # How many tokens a static cache holds is on the device: a mask too short for it fails where it is read
+        if num_masked is not None and isinstance(num_seen, int) and num_masked < num_seen + length:
             raise ValueError(
-                f"attention_mask covers {num_masked} tokens, but the cache holds {int(num_seen)} and this call "
-                f"{length} more. Pass a mask of {int(num_seen) + length} columns."
+                f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
+                f"more. Pass a mask of {num_seen + length} columns."
             )
         if attention_mask is None and position_ids is not None and length > 1:
             steps = position_ids.diff(dim=-1)  # without a cache, transformers reads any gap as the start of a sequence
@@ -1177,7 +1178,8 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
     def _mark_later_tokens(self, inputs: dict, mm_encoder_outputs: dict) -> None:
         """Several tokens of a later step are text that was drafted, or an assistant's prompt, from which transformers
         drops the target model's image features. They fit where both share a vision tower and projector; else the
-        assistant takes image tokens for text, as LLaVA does, and the target corrects it."""
+        assistant takes image tokens for text, as LLaVA does, and the target corrects it. A prompt that is read in
+        chunks is one over all of them. What else a caller says of later tokens stands."""
         cache = inputs.get(CACHE)
         is_prompt = cache is None or cache.get_seq_length() == 0
         features = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs.get("image") else []
@@ -1185,7 +1187,11 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         fits = len(features) > 0 and features[0].shape[-1] == self.config.text_config.hidden_size
         if is_prompt and fits and num_image_tokens == sum(map(len, features)):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        else:
+            return
+        if is_prompt and cache is not None:
+            cache.images_are_text = True
+        is_stated = inputs.get("mm_token_type_ids") is not None and not mm_encoder_outputs
+        if is_prompt or not is_stated or getattr(cache, "images_are_text", False):
             inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
 
     def _expand_multimodal_outputs(

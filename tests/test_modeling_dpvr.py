@@ -556,6 +556,8 @@ def test_text_after_a_cache_that_expects_no_image_is_text_in_training_too():
     logits = model(input_ids=token, past_key_values=cache).logits
     whole = {"input_ids": torch.cat([batch["input_ids"], token], 1), "pixel_values": batch["pixel_values"]}
     assert_close(logits, model(**whole).logits[:, -1:])
+    embeds, types = model.get_input_embeddings()(token), torch.zeros_like(token)
+    model(inputs_embeds=embeds, mm_token_type_ids=types, past_key_values=cache)
 
 
 @pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(config=text_config(), max_cache_len=30)])
@@ -571,13 +573,22 @@ def test_a_cache_that_was_reset_is_taken_as_an_empty_one(model, make_cache):
         assert_close(text, model(input_ids=batch["input_ids"]).logits)
 
 
-@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(config=text_config(), max_cache_len=30)])
-def test_a_mask_that_covers_too_few_tokens_is_refused_with_both_numbers(model, make_cache):
-    cache, batch = make_cache(), make_batch(["ttItt"])
+def test_a_mask_that_covers_too_few_tokens_is_refused_with_both_numbers(model):
+    cache, batch = DynamicCache(), make_batch(["ttItt"])
     with torch.no_grad():
         model(**batch, past_key_values=cache)
         with pytest.raises(ValueError, match="covers 8 tokens, but the cache holds 8 and this call 1 more"):
             model(input_ids=torch.tensor([[9]]), attention_mask=batch["attention_mask"], past_key_values=cache)
+
+
+def test_a_step_with_a_static_cache_and_a_mask_that_grows_reads_nothing_from_the_device(model, monkeypatch):
+    cache, batch = StaticCache(config=text_config(), max_cache_len=30), make_batch(["ttItt"])
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+        reads = record_reads(monkeypatch)
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+        model(input_ids=torch.tensor([[9]]), attention_mask=mask, past_key_values=cache)
+    assert not reads
 
 
 def test_a_side_branch_in_float32_runs_in_a_model_of_bfloat16():
@@ -1219,6 +1230,17 @@ def test_an_assistant_of_a_prompt_read_in_chunks_gives_the_tokens_of_the_plain_l
     options = {"assistant_model": make_dpvr(seed=3), "prefill_chunk_size": chunk}
     tokens = generate(generator, batch if types else without(batch, "mm_token_type_ids"), **options)
     assert torch.equal(tokens, plain_loop(generator, batch))
+
+
+def test_what_a_caller_says_of_later_tokens_stands(model):
+    cache, later = DynamicCache(), make_batch(["tIt"])
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
+    ids = torch.cat([torch.tensor([[7, 8]]), later["input_ids"]], 1)
+    types = torch.nn.functional.pad(later["mm_token_type_ids"], (2, 0))
+    options = {"mm_token_type_ids": types, "attention_mask": torch.ones_like(ids), "next_sequence_length": 6}
+    inputs = model.prepare_inputs_for_generation(ids, past_key_values=cache, cache=cache, **options)
+    assert torch.equal(inputs["mm_token_type_ids"], later["mm_token_type_ids"])
 
 
 def test_an_image_token_that_was_drafted_is_text(generator):
