@@ -414,8 +414,9 @@ def add_map(args: argparse.Namespace, model, processor, sample: Sample, number: 
     if number >= args.maps or "attention" not in args.metrics or path.is_file():
         return
     prompt = make_prompt(model, processor, sample, args.answers)
-    _, maps = measure(model, prompt, ["attention"])
-    save_maps(path, sample, maps, picture_of(prompt, processor))
+    picture = picture_of(prompt, processor)
+    if picture is not None:
+        save_maps(path, sample, measure(model, prompt, ["attention"])[1], picture)
 
 
 def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dict]]:
@@ -432,6 +433,7 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
     settings = make_settings(args, model)
     if args.restart:
         discard(args.output)
+        args.is_discarded = True
     (args.output / "maps").mkdir(parents=True, exist_ok=True)
     check_settings(args.output / "settings.json", settings)
     path = args.output / "samples.jsonl"
@@ -493,7 +495,7 @@ def command_of(args: argparse.Namespace) -> str:
     """The command that measures the same, wherever it is run."""
     parts = ["python", "scripts/analyze_saturation.py", shown(args.model)]
     defaults = vars(make_parser().parse_args([]))
-    hidden = {"model", "output", "restart", "compare", "device", "map_layers", "label"}
+    hidden = {"model", "output", "restart", "is_discarded", "compare", "device", "map_layers", "label"}
     for name, value in vars(args).items():
         if name in hidden or value == defaults[name]:
             continue
@@ -531,7 +533,10 @@ def layer_list(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            layers.update(range(int(first), int(last or first) + 1))
+            span = range(int(first), int(last or first) + 1)
+            if not span:
+                raise ValueError
+            layers.update(span)
     except ValueError:
         layers.clear()
     if not layers:
@@ -599,6 +604,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--trust-remote-code", action="store_true", help="run the code in the model's folder, as a DPVR needs")
     add("--restart", action="store_true", help="discard the results in --output")
+    parser.set_defaults(is_discarded=False)
     return parser
 
 
@@ -629,8 +635,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        command = "the same command" + (" without --restart" if args.restart else "")
-        print(f"interrupted; {command} goes on from {args.output / 'samples.jsonl'}", file=sys.stderr)
+        command = "the same command" + (" without --restart" if args.is_discarded else "")
+        where = f"goes on from {args.output / 'samples.jsonl'}"
+        if args.restart and not args.is_discarded:
+            where = "starts anew: nothing was discarded yet"
+        print(f"interrupted; {command} {where}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -95,10 +95,10 @@ def obstacle(means: dict[str, np.ndarray], fusion: int, threshold: float, layers
         for layer in layers:
             if 1 <= layer <= fusion and not math.isfinite(means[name][layer]):
                 return f"the mean {name} KL at layer {layer} is not finite. Measure in float32, by --dtype"
-    if all(means[name][fusion] > threshold for name in kls):
-        hint = "" if "routing" in kls else ", and the routing KL was not measured. Add routing to --metrics"
-        return f"the {' and '.join(kls)} KL at layer {fusion} exceeds the threshold of {threshold:g} nats{hint}"
-    return None
+        if means[name][fusion] <= threshold:  # this one decides
+            return None
+    hint = "" if "routing" in kls else ", and the routing KL was not measured. Add routing to --metrics"
+    return f"the {' and '.join(kls)} KL at layer {fusion} exceeds the threshold of {threshold:g} nats{hint}"
 
 
 def explain(choice: Choice, means: dict[str, np.ndarray], fusion: int, threshold: float, is_routed: bool) -> str:

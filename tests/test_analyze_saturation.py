@@ -495,6 +495,11 @@ def test_why_no_layer_is_recommended_is_told(kls, layers, reason):
     assert re.search(reason, found["reason"])
 
 
+def test_a_kl_that_decides_nothing_need_not_be_finite():
+    decides, beside = [9, 9, 0, 0, 0, 0, 0, 0], [9, 9, 9, np.nan, 9, 9, 9, 9]
+    assert rule.recommend(curves(withdrawal=decides, routing=beside), 7, 0.003)["saturation_layer"] == 2
+
+
 def test_the_interval_covers_what_resamples_choose_and_one_sample_has_none():
     early, late = [9, 9, 0, 0, 0, 0, 0, 0], [9, 9, 9, 9, 9, 0, 0, 0]
     mixed = {"withdrawal": np.array([early] * 9 + [late], dtype=float)}
@@ -668,9 +673,15 @@ def test_an_interrupt_keeps_what_was_measured_and_more_questions_add_to_it(tmp_p
 
 
 def test_an_interrupted_restart_is_not_told_to_restart_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(analysis, "analyze", lambda args: signal.raise_signal(signal.SIGTERM))
-    assert run(tmp_path, "--restart") == 130
+    def kill(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(analysis, "check_settings", kill)  # which comes once results are discarded
+    assert run(tmp_path, "--questions", 1, "--restart") == 130
     assert "the same command without --restart goes on from" in capsys.readouterr().err
+    monkeypatch.setattr(analysis, "load_model", kill)
+    assert run(tmp_path, "--restart") == 130
+    assert "the same command starts anew: nothing was discarded yet" in capsys.readouterr().err
 
 
 def test_maps_asked_for_later_are_those_of_the_first_run(tmp_path):
