@@ -370,11 +370,13 @@ def model_card(checkpoint: Checkpoint, summary: ConversionSummary) -> str:
     """README.md of the converted checkpoint. A folder's name stands for a source that is no Hub repository."""
     is_local = Path(checkpoint.name).is_dir()
     source = checkpoint.folder.name if is_local else checkpoint.name
-    stated = read_license(checkpoint.folder)
+    stated = {"license": "other", **read_license(checkpoint.folder)}
+    if stated["license"] == "other":
+        stated.setdefault("license_name", "that-of-the-source")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        **(stated or {"license": "other", "license_name": "that-of-the-source"}),
+        **stated,
         base_model=None if is_local else source,
         tags=["custom_code", "dpvr", "llava"],
     )

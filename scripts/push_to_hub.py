@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.checksums import write_checksums
 from scripts.publish import PublishError, explain, open_repository, publish
 from training.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
-from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_card, plot_losses, read_run
+from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, is_hub_id, make_card, plot_losses, read_run
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".py", ".jinja", ".model", ".txt")
@@ -101,7 +101,8 @@ def push_to_hub(
     files, is_adapter = files_of(folder)
     if subfolder and not is_adapter:
         raise AdapterError(f"{folder} is a checkpoint, which lies at the root of its repository: give no subfolder.")
-    if is_adapter and "/" not in (base := json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]):
+    base = json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path") if is_adapter else None
+    if is_adapter and not is_hub_id(base):
         print(
             f"warning: the adapter names its base {base!r}, which is no Hub id: others will not find it. Train with "
             "--base user/name to name one.",

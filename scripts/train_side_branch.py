@@ -120,9 +120,15 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         path = getattr(options, name)
         if path is not None and not path.exists():  # now, and not once the model is loaded
             parser.error(f"--{name.replace('_', '-')} {path} does not exist")
-    is_used = last_checkpoint(options.output) or (options.output / WEIGHTS_FILE).exists()
-    if is_used and not options.resume:
-        parser.error(f"--output {options.output} holds what an earlier run made: pass --resume, or another folder")
+    is_resumable = last_checkpoint(options.output) is not None
+    if is_resumable and not options.resume:
+        parser.error(
+            f"--output {options.output} holds checkpoints of an earlier run: pass --resume, or another folder"
+        )
+    if (options.output / WEIGHTS_FILE).exists() and not is_resumable:
+        parser.error(
+            f"--output {options.output} holds an adapter and no checkpoint to go on from: give another folder"
+        )
     for name, why in REFUSED.items():
         if getattr(training_arguments, name):
             parser.error(f"--{name} {why}")
@@ -137,6 +143,8 @@ def load(options: argparse.Namespace, arguments: TrainingArguments):
     """Model and processor."""
     dtype = options.dtype or ("bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32")
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=True)
+    # Now, and not between the last step and the adapter: the Hub may take its time
+    options.license = read_license(options.model) if arguments.process_index == 0 else {}
     options.from_llava = config.model_type != "dpvr"
     if not options.from_llava:
         if options.saturation_layer not in (None, config.saturation_layer):
@@ -207,7 +215,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data) -> di
     return {
         "base_model": base_name(options.base or options.model),
         "base_type": "llava" if options.from_llava else "dpvr",
-        **read_license(options.model),
+        **options.license,
         "data": options.data.name,
         "rows": data.num_rows(),
         "bad_rows": data.bad_rows.summary().split(", listed")[0],

@@ -351,12 +351,13 @@ def test_of_two_sets_of_weights_transformers_choice_is_converted(tmp_path):
         b"---\n- a\n- list\n---\n",
         b"---\nmodel-index:\n- name: x\n  results:\n  - task: {type: a}\n---\n",
         "caf\u00e9".encode("latin-1"),
+        b"---\nlicense: other\n---\n",
     ],
 )
-def test_a_broken_card_of_the_source_costs_nothing(tmp_path, source, card):
+def test_a_card_of_the_source_that_names_no_licence_costs_nothing(tmp_path, source, card):
     (source / "README.md").write_bytes(card)
     convert(source, tmp_path / "dpvr")
-    assert "license: other" in (tmp_path / "dpvr" / "README.md").read_text()
+    assert "license: other\nlicense_name: that-of-the-source\n" in (tmp_path / "dpvr" / "README.md").read_text()
 
 
 def test_a_dry_run_finds_a_broken_generation_config(tmp_path, source):

@@ -367,6 +367,9 @@ def test_a_card_claims_nothing_that_the_run_does_not_state():
 def test_a_card_states_the_licence_of_its_base_as_far_as_that_is_known(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: llama2\nlanguage: en\n---\n")
     assert read_license(tmp_path) == {"license": "other", "license_name": "llama2"}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlicense_name: 2023-07-18\nlicense_link: LICENSE\n---\n")
+    assert read_license(tmp_path) == {"license": "mit"}  # YAML's dates, and links into files that stay behind
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: llama2\nlanguage: en\n---\n")
     assert "license_name: llama2" in make_card({**RUN, **read_license(tmp_path)})
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
     assert read_license(tmp_path) == read_license(tmp_path / "none") == {}
@@ -379,6 +382,11 @@ def test_a_base_that_others_cannot_load_is_told_of(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(push_to_hub, "publish", lambda *_: "an address")
     assert push_to_hub.main([str(tmp_path), "org/adapter"]) == 0
     assert "names its base 'dpvr-7b', which is no Hub id" in capsys.readouterr().err
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for base, is_told in ((None, True), ("/home/dpvr-7b", True), ("./dpvr-7b", True), ("org/dpvr-7b", False)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        assert push_to_hub.main([str(tmp_path), "org/adapter"]) == 0
+        assert ("which is no Hub id" in capsys.readouterr().err) == is_told
 
 
 @pytest.mark.parametrize(

@@ -738,9 +738,10 @@ def test_a_picture_of_16_bits_or_turned_by_its_camera_is_trained_on_as_it_looks(
 def test_an_adapter_that_is_there_is_not_trained_over(embedded, pictures, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_model.safetensors").write_bytes(b"trained for a week")
-    with pytest.raises(SystemExit):
-        train_side_branch.main(train(embedded, pictures, tmp_path / "out"))
-    assert "holds what an earlier run made: pass --resume, or another folder" in capsys.readouterr().err
+    for options in ((), ("--resume",)):
+        with pytest.raises(SystemExit):
+            train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options))
+        assert "holds an adapter and no checkpoint to go on from" in capsys.readouterr().err
 
 
 def test_a_run_whose_held_out_rows_are_all_corrupt_ends_before_it_trains(embedded, pictures, tmp_path, capsys):

@@ -67,13 +67,21 @@ processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 """
 
 
+def is_hub_id(name: str | None) -> bool:
+    return bool(name) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
 def read_license(base: str | Path) -> dict[str, str]:
-    """What the model card of a folder or a Hub id says of its licence; nothing if there is none that can be read."""
+    """What the model card of a folder or a Hub id says of its licence; nothing if there is none that can be read. A
+    link into the base's own files is left out."""
     try:
         stated = ModelCard.load(Path(base, CARD_FILE) if Path(base).is_dir() else str(base)).data.to_dict()
     except Exception:  # YAML by anyone's hand, of any encoding, and networks
         return {}
-    return {name: stated[name] for name in LICENSE if stated.get(name)}
+    found = {name: stated[name] for name in LICENSE if isinstance(stated.get(name), str)}
+    if not found.get("license_link", "https:").startswith("http"):
+        del found["license_link"]
+    return found
 
 
 def make_card(
@@ -98,7 +106,7 @@ def make_card(
         has_plot: whether `loss.png` lies beside it.
     """
     base = run.get("base_model", "its base model")
-    is_public = "/" in base
+    is_public = is_hub_id(base)
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",

@@ -106,6 +106,7 @@ def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.d
         "rows": len(dataset),
         "max_length": dataset.max_length,
         "dtype": str(dtype).removeprefix("torch."),
+        "pictures": "upright, of 8 bits",  # as `read_picture` makes them
         "teacher": model.loss == "distill",
     }
 
