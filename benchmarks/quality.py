@@ -681,7 +681,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, help=f"default: beside --output; with that left out, {FIGURE}")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
-    args.figure = args.figure or (FIGURE if args.output == RESULTS else args.output.with_suffix(".png"))
+    args.figure = args.figure or (FIGURE if args.output.resolve() == RESULTS else args.output.with_suffix(".png"))
     if args.report and not args.output.is_file():
         parser.error(f"there is no {args.output} to report on")
     for name in args.models:

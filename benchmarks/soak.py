@@ -238,7 +238,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=committed, help="default: the committed file")
     parser.add_argument("--figure", type=Path, help=f"default: beside --output; with that left out, {figure}")
     args = parser.parse_args(arguments)
-    args.figure = args.figure or (figure if args.output == committed else args.output.with_suffix(".png"))
+    args.figure = args.figure or (figure if args.output.resolve() == committed else args.output.with_suffix(".png"))
     if args.every < 1 or args.calls < 2 * args.every:
         parser.error(f"--calls {args.calls} must be at least twice --every {args.every}, and both positive")
     for path in (args.output, args.figure):

@@ -165,8 +165,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.questions < 1:
         parser.error(f"--questions must be at least 1, got {args.questions}")
-    if args.picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
-        parser.error(f"--picture {args.picture}: the name must end in .png, .jpg, .pdf or .svg")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if args.picture.suffix.lower().removeprefix(".") not in known:
+        parser.error(f"--picture {args.picture}: the name must end in one of .{', .'.join(known)}")
     if not args.picture.absolute().parent.is_dir():
         parser.error(f"--picture {args.picture}: {args.picture.parent} is no folder")
     return args
