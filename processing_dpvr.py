@@ -91,9 +91,9 @@ def _shorten(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
-def _decode(image, name: str, max_pixels: int):
+def decode_picture(image, name: str, max_pixels: int = MAX_IMAGE_PIXELS):
     """A picture or its source as an upright RGB picture of 8 bits a channel, made so as the original LLaVA does, by
-    dropping alpha."""
+    dropping alpha. Raises a ValueError that begins with `name` where it cannot be."""
     if is_pil_image(image):
         if image.mode[0] in "IF" and not image.mode.startswith("I;16"):
             raise ValueError(f"{name} is of mode {image.mode}, whose range is not known here. Convert it to RGB.")
@@ -147,7 +147,7 @@ def _read_image(image, name: str, max_pixels: int, input_data_format=None):
     if hasattr(image, "__fspath__"):
         image = image.__fspath__()
     if isinstance(image, str) or is_pil_image(image):
-        image = _decode(image, name, max_pixels)
+        image = decode_picture(image, name, max_pixels)
     elif is_valid_image(image):
         image = _read_array(image, name, input_data_format)
     else:

@@ -869,9 +869,7 @@ def test_llavas_data_format_is_measured_with_its_answers(tmp_path, capsys):
     assert "has no answer" in capsys.readouterr().err
 
 
-def test_pictures_are_read_as_the_dpvr_processor_reads_them(tmp_path):
-    from processing_dpvr import _decode
-
+def test_pictures_are_upright_of_8_bits_and_of_no_transparent_colour(tmp_path):
     colours = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -886,9 +884,6 @@ def test_pictures_are_read_as_the_dpvr_processor_reads_them(tmp_path):
     indexed.putpalette([10, 20, 30, 40, 50, 60])
     indexed.save(tmp_path / "clear.png", transparency=0)
     assert "transparency" not in analysis.read_picture(tmp_path / "clear.png").info
-    for name in ("turned.png", "deep.png", "swapped.tif", "clear.png"):
-        with Image.open(tmp_path / name) as opened:
-            assert np.array_equal(analysis.read_picture(tmp_path / name), _decode(opened, name, 100))
     Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match="mode F, whose range is not known"):
         analysis.read_picture(tmp_path / "float.tif")

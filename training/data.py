@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from processing_dpvr import decode_picture
 from training.staged import IGNORED
 
 IMAGE = "<image>"
@@ -167,21 +168,13 @@ def read_turn(turn: dict, number: int) -> dict:
 
 
 def read_picture(image: Image.Image | Path | BinaryIO) -> Image.Image:
-    """An upright RGB picture of 8 bits a channel, so that a LLaVA and its DPVR see the same: the processor of the one
-    neither turns a picture nor scales 16 bits, and makes a transparent colour white.
+    """A picture as the DPVR processor reads one. That of LLaVA does not turn pictures, nor scale 16 bits, and makes a
+    transparent colour white: read by this first, it sees the same.
 
     Raises:
         OSError, ValueError, DecompressionBombError: it cannot be read, or its mode has no known range.
     """
-    image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
-    if image.mode.startswith("I;16"):
-        image = image if image.mode == "I;16" else image.convert("I")  # of another order of bytes
-        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut what is above 255
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"an image is of mode {image.mode}, whose range is not known. Convert it to RGB")
-    image = image.convert("RGB")
-    image.info.pop("transparency", None)
-    return image
+    return decode_picture(image if isinstance(image, Image.Image) else Image.open(image), "The picture")
 
 
 def open_image(image, folder: Path) -> Image.Image:
