@@ -579,9 +579,10 @@ checkpoint stays, and the message says how to push it again
 
 
 def layer_or_auto(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is neither a number nor auto")
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor auto") from error
 
 
 def seed_number(text: str) -> int:

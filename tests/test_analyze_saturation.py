@@ -738,8 +738,12 @@ def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
 @pytest.mark.parametrize("content", ['{"format": 3,', "[]"])
 def test_settings_are_whole_or_not_there_and_broken_ones_are_refused(content, tmp_path, monkeypatch):
     path = tmp_path / "settings.json"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(type(path), "replace", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(type(path), "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             analysis.check_settings(path, {"format": 3})
     assert not path.exists()
