@@ -95,6 +95,7 @@ def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.d
     """All that features depend on, by names a user understands."""
     processor, config = dataset.processor, model.config
     return {
+        "dtype": str(dtype).removeprefix("torch."),  # first: another one rounds the weights to others
         "weights": weights_digest(model),
         "saturation_layer": config.saturation_layer,
         "num_fusion_layers": config.num_fusion_layers,
@@ -105,7 +106,6 @@ def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.d
         "data": data_digest(dataset),
         "rows": len(dataset),
         "max_length": dataset.max_length,
-        "dtype": str(dtype).removeprefix("torch."),
         "pictures": "upright, of 8 bits",  # as `read_picture` makes them
         "teacher": model.loss == "distill",
     }
@@ -162,10 +162,9 @@ def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int
                     "another folder, or delete this one."
                 )
             if index["fingerprint"][name] != value:
-                hint = " (another model, or the same one in another precision)" if name == "weights" else ""
                 raise CacheError(
                     f"The features in {folder} were made with {name} {index['fingerprint'][name]!r}, but this run "
-                    f"has {value!r}{hint}. Give another folder, or delete this one."
+                    f"has {value!r}. Give another folder, or delete this one."
                 )
     else:
         rows_per_shard = max(1, int(SHARD_BYTES // bytes_per_row))
