@@ -57,7 +57,6 @@ from configuration_dpvr import proportional_layer
 CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
 ROUTING = sys.modules[CODE.__module__]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
-IMAGE_TOKENS = 576  # of LLaVA-1.5
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPERATORS = {  # of a profile, by how their names begin
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -512,11 +511,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--layers {args.layers} must be at least 4: PyramidDrop drops at each quarter of them")
     if args.saturation_layer is not None and not 0 < args.saturation_layer < args.layers:
         parser.error(f"--saturation-layer {args.saturation_layer} must be between 1 and {args.layers - 1}")
+    per_image = accounting.tokens_per_image(make_config(args.layers, args.hidden_size))
     for num_vision, num_text in args.prompts:
-        if num_vision % IMAGE_TOKENS or min(num_vision, num_text) < 1:
-            parser.error(
-                f"--prompts {num_vision}+{num_text}: whole images of {IMAGE_TOKENS} tokens each, and some text"
-            )
+        if num_vision % per_image or min(num_vision, num_text) < 1:
+            parser.error(f"--prompts {num_vision}+{num_text}: whole images of {per_image} tokens each, and some text")
     if min(args.repeats, args.decode_tokens, *args.batch) < 1:
         parser.error("--repeats, --decode-tokens and --batch must be at least 1")
     return args
