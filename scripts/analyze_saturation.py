@@ -360,7 +360,7 @@ def make_settings(args: argparse.Namespace, model) -> dict:
         "model_type": config.model_type,
         "fingerprint": fingerprint(model),
         "num_hidden_layers": config.text_config.num_hidden_layers,
-        "first_fusion_layer": first_fusion_layer(config, args.num_fusion_layers or 1),
+        "first_fusion_layer": first_fusion_layer(config, args.num_fusion_layers),
         "saturation_layer": getattr(config, "saturation_layer", None),
         "num_side_layers": getattr(config, "num_side_layers", 1),
         "text_config": config.text_config.to_diff_dict(),
@@ -429,11 +429,10 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
     model, processor = load_model(args)
     num_layers = model.config.text_config.num_hidden_layers
     check_layers(args, model.config)
-    num_fusion_layers = args.num_fusion_layers or 1  # of a LLaVA; a DPVR states its own
     settings = make_settings(args, model)
     if args.restart:
         discard(args.output)
-        args.is_discarded = True
+        args.restart = False  # done: what comes after an interrupt must not do it again
     (args.output / "maps").mkdir(parents=True, exist_ok=True)
     check_settings(args.output / "settings.json", settings)
     path = args.output / "samples.jsonl"
@@ -459,7 +458,7 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
             if not is_checked:
                 check_backbone(model, prompt)
                 is_checked = True
-            values, maps = measure(model, prompt, args.metrics, args.layers, num_fusion_layers, bar.update)
+            values, maps = measure(model, prompt, args.metrics, args.layers, args.num_fusion_layers, bar.update)
             vision_tokens = int(prompt.is_vision.sum())
             tokens = {"vision_tokens": vision_tokens, "text_tokens": prompt.length - vision_tokens}  # no answer's
             if maps is not None and len(chosen) < args.maps:
@@ -495,7 +494,7 @@ def command_of(args: argparse.Namespace) -> str:
     """The command that measures the same, wherever it is run."""
     parts = ["python", "scripts/analyze_saturation.py", shown(args.model)]
     defaults = vars(make_parser().parse_args([]))
-    hidden = {"model", "output", "restart", "is_discarded", "compare", "device", "map_layers", "label"}
+    hidden = {"model", "output", "restart", "compare", "device", "map_layers", "label"}
     for name, value in vars(args).items():
         if name in hidden or value == defaults[name]:
             continue
@@ -537,10 +536,8 @@ def layer_list(text: str) -> list[int]:
             if not span:
                 raise ValueError
             layers.update(span)
-    except ValueError:
-        layers.clear()
-    if not layers:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,4,8-12")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,4,8-12") from error
     return sorted(layers)
 
 
@@ -604,7 +601,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--trust-remote-code", action="store_true", help="run the code in the model's folder, as a DPVR needs")
     add("--restart", action="store_true", help="discard the results in --output")
-    parser.set_defaults(is_discarded=False)
     return parser
 
 
@@ -628,6 +624,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if not args.kl_threshold >= 0:
         parser.error(f"--kl-threshold {args.kl_threshold} must be at least 0")
+    is_restart = args.restart
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print(summary_text(analyze(args)))
@@ -635,11 +632,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        command = "the same command" + (" without --restart" if args.is_discarded else "")
         where = f"goes on from {args.output / 'samples.jsonl'}"
-        if args.restart and not args.is_discarded:
+        if args.restart:
             where = "starts anew: nothing was discarded yet"
-        print(f"interrupted; {command} {where}", file=sys.stderr)
+        elif is_restart:
+            where = f"without --restart {where}"
+        print(f"interrupted; the same command {where}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)

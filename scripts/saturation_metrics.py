@@ -339,10 +339,10 @@ class Divergences:
 # ---------------------------------------------------------------------------------------------------------- a prompt
 
 
-def first_fusion_layer(config, num_fusion_layers: int) -> int:
-    """F of a DPVR config, which states it, else L - `num_fusion_layers`."""
+def first_fusion_layer(config, num_fusion_layers: int | None) -> int:
+    """F of a DPVR config, which states it, else L - `num_fusion_layers`, or L - 1 where that is None."""
     num_layers = config.text_config.num_hidden_layers
-    return getattr(config, "first_fusion_layer", num_layers - num_fusion_layers)
+    return getattr(config, "first_fusion_layer", num_layers - (num_fusion_layers or 1))
 
 
 def num_passes(metrics: Iterable[str], layers: Iterable[int]) -> int:
@@ -357,7 +357,7 @@ def measure(
     prompt: Prompt,
     metrics: Iterable[str] = METRICS,
     layers: Iterable[int] | None = None,
-    num_fusion_layers: int = 1,
+    num_fusion_layers: int | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, list[float | None] | float], Tensor | None]:
     """Measures one prompt.
