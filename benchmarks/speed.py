@@ -231,6 +231,13 @@ def make_prompt(config, num_vision: int, num_text: int, batch: int, device: torc
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def make_pixels(model, num_vision: int, batch: int) -> torch.Tensor:
+    """The images that `num_vision` tokens in each of `batch` rows stand for."""
+    num_images = batch * num_vision // accounting.tokens_per_image(model.config)
+    size = model.config.vision_config.image_size
+    return torch.zeros(num_images, 3, size, size, dtype=model.dtype, device=model.device)
+
+
 def prefill(method: Method, prompt: dict, features) -> object:
     """The prompt in one call, as `generate` makes it."""
     cache = make_cache(method.model.config)
@@ -325,9 +332,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
     dense, routed = methods[0].model, methods[1].model
     config = dense.config
     prompt = make_prompt(config, num_vision, num_text, batch, device)
-    num_images = batch * num_vision // accounting.tokens_per_image(config)
-    size = config.vision_config.image_size
-    pixels = torch.zeros(num_images, 3, size, size, dtype=dense.dtype, device=device)
+    pixels = make_pixels(dense, num_vision, batch)
 
     def encode():
         return dense.model.get_image_features(pixels, return_dict=True)
@@ -367,10 +372,8 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
             "host_seconds": summary(host[method.name]) if meter.is_cuda else None,
             "flops_ratio": method.flops(num_vision, num_text) / base.flops(num_vision, num_text),
             "first_token_seconds": summary([a + b for a, b in zip(seconds[method.name], tower, strict=True)]),
-            "decode_step_seconds": summary(steps[method.name]) if args.decode_tokens else None,
-            "decode_ratio": float(np.median(np.divide(steps[method.name], steps[base.name])))
-            if args.decode_tokens
-            else None,
+            "decode_step_seconds": summary(steps[method.name]),
+            "decode_ratio": float(np.median(np.divide(steps[method.name], steps[base.name]))),
             "peak_bytes": memory[method.name],
             "cache_bytes": stored[method.name],
             "cache_ratio": stored[method.name] / stored[base.name],
@@ -394,9 +397,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
 def table(record: dict) -> str:
     """The results as markdown, one row for each method of each prompt, and the conditions they were measured under."""
     results = [result for run in record["runs"] for result in run["methods"].values()]
-    has_host, has_peak, has_steps = (
-        results[0].get(key) is not None for key in ("host_seconds", "peak_bytes", "decode_step_seconds")
-    )
+    has_host, has_peak = (results[0].get(key) is not None for key in ("host_seconds", "peak_bytes"))
     rows = []
     for run in record["runs"]:
         prompt = prompt_name(run)
@@ -407,8 +408,7 @@ def table(record: dict) -> str:
                 row.append(f"{result['host_seconds']['median']:.3g}")
             first, dense = (each["first_token_seconds"]["median"] for each in (result, run["methods"]["LLaVA"]))
             row += [f"{first:.3g}", f"{first / dense:.3f}"]
-            if has_steps:
-                row += [f"{result['decode_step_seconds']['median']:.3g}", f"{result['decode_ratio']:.3f}"]
+            row += [f"{result['decode_step_seconds']['median']:.3g}", f"{result['decode_ratio']:.3f}"]
             row.append(f"{result['cache_ratio']:.3f}")
             if has_peak:
                 row.append(f"{result['peak_bytes'] / 2**20:,.0f}")
@@ -424,7 +424,7 @@ def table(record: dict) -> str:
         "first token, s",
         "ratio",
     ]
-    header += ["decode step, s", "ratio"] * has_steps + ["KV cache, ratio"] + ["peak, MiB"] * has_peak
+    header += ["decode step, s", "ratio", "KV cache, ratio"] + ["peak, MiB"] * has_peak
     return f"{markdown(header, rows)}\n\n{conditions(record)}"
 
 
@@ -476,15 +476,8 @@ def parse_prompt(text: str) -> tuple[int, int]:
     return int(vision), int(text_tokens)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="examples:\n"
-        "  python benchmarks/speed.py                                      LLaVA-1.5-7B in bfloat16\n"
-        "  python benchmarks/speed.py --one-layer --dtype float32          where a CPU has no bfloat16, in 8 GB\n"
-        "  python benchmarks/speed.py --layers 4 --hidden-size 256 --prompts 576+64 --repeats 2 --output s.json\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured: model, device, prompts and repetitions."""
     parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=4096, help="default: %(default)s")
     parser.add_argument("--one-layer", action="store_true", help="keep one set of weights for all layers")
@@ -503,10 +496,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="default: 1 4")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
-    parser.add_argument("--decode-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
-    args = parser.parse_args()
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with a sentence where they mean nothing."""
     if args.layers < 4:
         parser.error(f"--layers {args.layers} must be at least 4: PyramidDrop drops at each quarter of them")
     if args.saturation_layer is not None and not 0 < args.saturation_layer < args.layers:
@@ -515,9 +509,47 @@ def parse_args() -> argparse.Namespace:
     for num_vision, num_text in args.prompts:
         if num_vision % per_image or min(num_vision, num_text) < 1:
             parser.error(f"--prompts {num_vision}+{num_text}: whole images of {per_image} tokens each, and some text")
-    if min(args.repeats, args.decode_tokens, *args.batch) < 1:
-        parser.error("--repeats, --decode-tokens and --batch must be at least 1")
+    if min(args.repeats, *args.batch) < 1:
+        parser.error("--repeats and --batch must be at least 1")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="examples:\n"
+        "  python benchmarks/speed.py                                      LLaVA-1.5-7B in bfloat16\n"
+        "  python benchmarks/speed.py --one-layer --dtype float32          where a CPU has no bfloat16, in 8 GB\n"
+        "  python benchmarks/speed.py --layers 4 --hidden-size 256 --prompts 576+64 --repeats 2 --output s.json\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument("--decode-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    args = parser.parse_args()
+    check_arguments(parser, args)
+    if args.decode_tokens < 1:
+        parser.error("--decode-tokens must be at least 1")
     return args
+
+
+def new_record(script: str, args: argparse.Namespace) -> dict:
+    """What is measured, on what, when and with what."""
+    is_cuda = torch.device(args.device).type == "cuda"
+    return {
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if is_cuda else f"CPU, {args.threads} threads",
+        "layers": args.layers,
+        "hidden_size": args.hidden_size,
+        "dtype": args.dtype,
+        "one_layer": args.one_layer,
+        "repeats": args.repeats,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "transformers")},
+        },
+        "runs": [],
+    }
 
 
 def main() -> int:
@@ -526,19 +558,7 @@ def main() -> int:
     device = torch.device(args.device)
     meter = Meter(device)
     methods = make_methods(args, device)
-    packages = ("torch", "transformers")
-    record = {
-        "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if meter.is_cuda else f"CPU, {args.threads} threads",
-        "layers": args.layers,
-        "hidden_size": args.hidden_size,
-        "dtype": args.dtype,
-        "one_layer": args.one_layer,
-        "repeats": args.repeats,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
-        "runs": [],
-    }
+    record = new_record("benchmarks/speed.py", args)
     for num_vision, num_text in args.prompts:
         for batch in args.batch:
             record["runs"].append(measure(methods, num_vision, num_text, batch, args, meter, device))

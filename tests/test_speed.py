@@ -1,0 +1,68 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""benchmarks/speed.py and benchmarks/compiled.py end with a whole record at small sizes, whatever their times."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import accounting, compiled, speed
+
+SMALL = ["--layers", "4", "--hidden-size", "128", "--prompts", "576+8", "--repeats", "1", "--device", "cpu"]
+SMALL += ["--dtype", "float32"]
+
+
+def run(monkeypatch, script, path, *options):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *SMALL, *options, "--output", str(path)])
+    assert script.main() == 0
+    return json.loads(path.read_text())
+
+
+def test_speed_measures_every_method_and_its_cache_is_that_of_the_formulas(monkeypatch, tmp_path, capsys):
+    record = run(monkeypatch, speed, tmp_path / "speed.json", "--batch", "2", "--decode-tokens", "2")
+    (measured,) = record["runs"]
+    names = [name.split(" (")[0] for name in measured["methods"]]
+    assert names == ["LLaVA", "DPVR", "FastV", "VTW", "PyramidDrop"]
+    config = speed.CODE.config_class(**_fields(record), saturation_layer=2)
+    sizes = [sum(accounting.cache_bytes(each, 576, 8).values()) for each in (accounting.dense_config(config), config)]
+    dense, routed, *_ = measured["methods"].values()
+    assert routed["cache_bytes"] / dense["cache_bytes"] == sizes[1] / sizes[0]
+    assert all(result["decode_step_seconds"]["median"] > 0 for result in measured["methods"].values())
+    shown = capsys.readouterr().out
+    assert speed.table(record) in shown
+    assert all(f"| {name} |" in shown for name in measured["methods"])
+
+
+def _fields(record):
+    fields = speed.make_config(record["layers"], record["hidden_size"]).to_dict()
+    fields.pop("model_type")
+    return fields
+
+
+def test_compiled_prefills_give_the_logits_of_those_that_are_not(monkeypatch, tmp_path, capsys):
+    record = run(monkeypatch, compiled, tmp_path / "compiled.json", "--batch", "1")
+    (measured,) = record["runs"]
+    assert [name.split(" (")[0] for name in measured["methods"]] == ["LLaVA", "DPVR"]
+    for result in measured["methods"].values():
+        assert result["logits_difference"] < 1e-5
+        assert result["compile_seconds"] > 10 * result["compiled_seconds"]["median"]  # they were compiled, once
+    assert compiled.table(record) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "3"], "--layers 3 must be at least 4"),
+        (["--prompts", "100+8"], "--prompts 100+8: whole images of 576 tokens each"),
+        (["--saturation-layer", "4"], "--saturation-layer 4 must be between 1 and 3"),
+        (["--repeats", "0"], "--repeats and --batch must be at least 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_before_anything_runs(monkeypatch, tmp_path, capsys, options, message):
+    for script in (speed, compiled):
+        with pytest.raises(SystemExit) as refused:
+            run(monkeypatch, script, tmp_path / "record.json", *options)
+        assert refused.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
