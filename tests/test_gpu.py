@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
 from tiny_training import gradients, staged, training_batch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from training.trainer import TRAINED_WEIGHTS
 
@@ -190,17 +190,25 @@ def test_generated_tokens_are_those_of_the_cpu(model, on_gpu, cache):
         assert torch.equal(generate(on_gpu, batch, cache_implementation=cache), expected)
 
 
-def test_an_offloaded_cache_goes_on_over_turns(model, on_gpu):
+@pytest.mark.parametrize("kind", ["offloaded", "static"])
+def test_a_cache_goes_on_over_turns_and_starts_again(model, on_gpu, kind):
     batch = make_batch(["ttItt"])
+    caches = {
+        "offloaded": lambda config: DynamicCache(config=config, offloading=True),
+        "static": lambda config: StaticCache(config=config.text_config, max_cache_len=64),
+    }
     answers = []
-    for each, options in ((model, {}), (on_gpu, {"offloading": True})):
-        cache = DynamicCache(config=each.config, **options)
-        turn = generate(each, batch, **{"past_key_values": cache}, max_new_tokens=3)
-        longer = make_batch(["ttItt" + "t" * 3 + "Itt"])
-        longer["input_ids"][:, : turn.shape[1]] = turn
-        longer["pixel_values"] = longer["pixel_values"][1:]
-        answers.append(generate(each, longer, past_key_values=cache))
-    assert torch.equal(*answers)
+    for each, make_cache in ((model, lambda config: DynamicCache(config=config)), (on_gpu, caches[kind])):
+        cache = make_cache(each.config)
+        for _ in range(2):
+            turn = generate(each, batch, past_key_values=cache, max_new_tokens=3)
+            longer = make_batch(["ttItt" + "t" * 3 + "Itt"])
+            longer["input_ids"][:, : turn.shape[1]] = turn
+            longer["pixel_values"] = longer["pixel_values"][1:]
+            answers.append((turn, generate(each, longer, past_key_values=cache)))
+            cache.reset()
+    for answer in answers[1:]:
+        assert all(map(torch.equal, answer, answers[0]))
 
 
 def test_threads_that_share_a_model_get_their_own_answers(on_gpu):
