@@ -242,14 +242,14 @@ def summarize(runs: dict[str, list[dict]]) -> dict:
 
 
 def table(record: dict) -> str:
-    """Seconds, FLOPs and memory, where it was recorded, of a training step, by what is trained and how."""
+    """Seconds, FLOPs and memory of a training step, by what is trained and how."""
     rows = [
         [
             kind,
             f"{result['trained_parameters'] / 1e6:.1f} M",
             "{:.2f} s ({:.2f} to {:.2f})".format(result["seconds"], *result["seconds_range"]),
             f"{result['flops'] / 1e12:.2f} TFLOP",
-            f"{memory / 2**30:.2f} GiB" if (memory := result["bytes_beyond_weights"]) else "not recorded",
+            f"{result['bytes_beyond_weights'] / 2**30:.2f} GiB",
         ]
         for kind, result in record["kinds"].items()
     ]
