@@ -1419,6 +1419,19 @@ def test_a_compiled_prefill_is_not_compiled_again_for_each_number_of_images(gene
     assert seen[1:] == [seen[1]] * 4  # 1 is a size of its own to torch
 
 
+def test_generate_with_a_compiled_forward_gives_the_tokens_of_one_that_is_not(monkeypatch, generator):
+    batch = make_batch(["ttItt", "tttt", "ItIt"])
+    expected, graphs = generate(generator, batch), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(generator, "forward", torch.compile(generator.forward, backend=backend, dynamic=True))
+    assert torch.equal(generate(generator, batch), expected)
+    assert len(graphs) > 1
+
+
 class DecodeStep(torch.nn.Module):
     """A step that keeps its static cache in buffers, as transformers' own exportable modules do."""
 
