@@ -4,15 +4,18 @@
 Makes a DPVR checkpoint from a LLaVA checkpoint: the same weights under transformers 5's names, and a side branch.
 
 The output folder appears complete or not at all, and every tensor in it was read back and compared with its source by
-checksum. A conversion that was killed goes on with the last shard if it is asked for again. A few megabytes of weights
-are in memory at a time, whatever the size of the model. Pickled weights are read by torch's `weights_only` loader,
-which runs no code. For POSIX systems: two conversions to one folder are kept apart by `flock`.
+checksum. A conversion that was killed goes on with the last shard if it is asked for again. Stored weights are passed
+on in pieces of a few megabytes, whatever the size of the model; one that is made is in memory as a whole. Pickled
+weights are read by torch's `weights_only` loader, which runs no code. For POSIX systems: two conversions to one folder
+are kept apart by `flock`.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
+import os
 import shlex
-import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -40,6 +43,7 @@ from side_branch_weights import (
 from training.card import read_license
 from write_checkpoint import (
     Staging,
+    check_apart,
     check_disk,
     check_output,
     link_files,
@@ -65,6 +69,7 @@ def make_dpvr_config(config: LlavaConfig, routing: dict[str, int], dtype: str) -
     for part in (fields, fields["text_config"], fields["vision_config"]):
         for name in ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"):
             part.pop(name, None)
+    fields.pop("transformers_weights", None)  # the name of a file of the source's
     fields |= {"dtype": dtype, "architectures": [MODEL_CLASS], "auto_map": AUTO_MAP, **routing}
     del fields["model_type"]
     try:
@@ -99,7 +104,7 @@ class Plan:
     tensors: list[StoredTensor]
     dtype: torch.dtype
 
-    def sources(self) -> dict[str, tuple[int, int]]:
+    def sources(self) -> dict[str, tuple[int, ...]]:
         """Every file that is read or linked to, and its version when its header was read."""
         sources = [weight.source for shard in self.shards.values() for weight in shard]
         stored = [source.read if isinstance(source, MadeTensor) else source for source in sources]
@@ -107,8 +112,9 @@ class Plan:
 
     def request(self) -> dict:
         """All that decides about the bytes of the weights, as JSON."""
+        linked = {str(path) for path in self.linked.values()}
         return {
-            "sources": self.sources(),
+            "sources": {path: version[: 3 if path in linked else 4] for path, version in self.sources().items()},
             "linked": {name: str(path) for name, path in self.linked.items()},
             "dtype": str(self.dtype),
             "shards": {
@@ -150,13 +156,12 @@ def plan_links(checkpoint: Checkpoint, base: list[Weight], branch: list[Weight],
     return Plan({SIDE_BRANCH_FILE: branch} if branch else {}, linked, [weight.source for weight in base], dtype)
 
 
-def write_weights(staging: Staging, plan: Plan, progress: bool) -> tuple[dict[str, str], list[tuple[str, str, int]]]:
-    """Weights and their index. Returns which files were copied where links were asked for, and why, and how many
-    numbers are not finite, by file and key of the source."""
-    copied = link_files(staging, plan.linked)
+def write_weights(staging: Staging, plan: Plan, progress: bool) -> None:
+    """Weights and their index."""
+    link_files(staging, plan.linked)
     write_shards(staging, plan.shards, plan.dtype, progress)
     for path, version in plan.sources().items():
-        if (now := version_of(Path(path).stat())) != version:
+        if (now := version_of(Path(path).stat()))[:3] != version[:3]:
             raise ConversionError(
                 f"{path} was changed while it was read: it had {version[0]} bytes, now it has {now[0]}, or was "
                 "written again."
@@ -166,17 +171,25 @@ def write_weights(staging: Staging, plan: Plan, progress: bool) -> tuple[dict[st
         (tensor.key, files[tensor.path], torch.Size(tensor.shape).numel(), tensor.dtype.itemsize)
         for tensor in plan.tensors
     ]
-    nonfinite = []
     for name, shard in plan.shards.items():
         entries += [(weight.name, name, weight.numel, plan.dtype.itemsize) for weight in shard]
-        for weight in shard:
-            count = staging.finished[name]["nonfinite"].get(weight.name)
-            if count and isinstance(weight.source, StoredTensor):
-                nonfinite.append((str(weight.source.path), weight.source.key, count))
-            elif count:
-                nonfinite.append((name, weight.name, count))
     write_index(staging.folder, entries)
-    return copied, nonfinite
+
+
+def what_was_noted(staging: Staging, plan: Plan) -> dict:
+    """Fields of the summary that are known once the weights are written: which files were copied where links were
+    asked for, and why, and how many numbers are not finite, by file and key of the source."""
+    nonfinite = {}
+    for name, shard in plan.shards.items():
+        for weight in shard:
+            if count := staging.finished[name]["nonfinite"].get(weight.name):
+                is_stored = isinstance(weight.source, StoredTensor)  # twice, where a side layer is a copy
+                where = (str(weight.source.path), weight.source.key) if is_stored else (name, weight.name)
+                nonfinite[where] = count
+    return {
+        "copied": {name: staging.finished[name]["reason"] for name in plan.linked if name in staging.finished},
+        "nonfinite": tuple((*where, count) for where, count in nonfinite.items()),
+    }
 
 
 def write_folder(
@@ -190,8 +203,8 @@ def write_folder(
 ) -> "ConversionSummary":
     """Everything that the output holds. Returns the summary with what is known only then."""
     folder = staging.folder
-    copied, nonfinite = write_weights(staging, plan, progress)
-    summary = dataclasses.replace(summary, copied=copied, nonfinite=tuple(nonfinite))
+    write_weights(staging, plan, progress)
+    summary = dataclasses.replace(summary, **what_was_noted(staging, plan))
     try:
         checkpoint.processor.save_pretrained(folder)
     except OSError:
@@ -201,7 +214,7 @@ def write_folder(
     config.to_json_file(folder / "config.json")
     write_json(folder / "generation_config.json", generation_config)
     for name in CODE_FILES:
-        shutil.copyfile(HERE / name, folder / name)
+        (folder / name).write_bytes((HERE / name).read_bytes())
     (folder / "README.md").write_text(model_card(checkpoint, summary), encoding="utf-8")
     return summary
 
@@ -269,14 +282,15 @@ class ConversionSummary:
         ]
         lines = [f"{name:15}{value}" for name, value in rows]
         if self.output is not None:
-            lines += ["", *load_lines(str(self.output))]
+            lines += ["", *load_lines(json.dumps(str(self.output), ensure_ascii=False))]
         return "\n".join(lines)
 
 
 def load_lines(name: str) -> list[str]:
+    """Python that loads a checkpoint; `name` is an expression."""
     return [
-        f'processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)',
-        f'model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto")',
+        f"processor = AutoProcessor.from_pretrained({name}, trust_remote_code=True)",
+        f'model = AutoModelForImageTextToText.from_pretrained({name}, trust_remote_code=True, dtype="auto")',
     ]
 
 
@@ -395,7 +409,7 @@ def model_card(checkpoint: Checkpoint, summary: ConversionSummary) -> str:
         status=status,
         table="\n".join(f"| {role} | {layers} |" for role, layers in summary.roles.items()),
         share=summary.num_trainable / summary.num_parameters,
-        load="\n".join(load_lines("name")).replace('"name"', "name"),
+        load="\n".join(load_lines("name")),
         **{name: getattr(summary, name) for name in summary.__dataclass_fields__ if name != "source"},
     )
 
@@ -413,7 +427,7 @@ def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
     results = read_json(path)
     try:
         analyzed, layer = results["settings"]["num_hidden_layers"], results["recommendation"]["saturation_layer"]
-        reason, num_samples = results["recommendation"]["reason"], results["samples"]
+        why, num_samples = results["recommendation"]["reason"], results["samples"]
     except KeyError as error:
         raise ConversionError(f"{path} is not a result of analyze_saturation.py: it has no {error}.") from error
     except TypeError as error:
@@ -421,8 +435,8 @@ def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
     if analyzed != num_layers:
         raise ConversionError(f"{path} is about a decoder of {analyzed} layers, but the source has {num_layers}.")
     if layer is None:
-        raise ConversionError(f"{path} recommends no layer: {reason}")
-    return layer, f"by the analysis of {num_samples} samples in {folder}: {reason}"
+        raise ConversionError(f"{path} recommends no layer: {why}")
+    return layer, f"by the analysis of {num_samples} samples in {folder}: {why}"
 
 
 def choose_saturation_layer(
@@ -513,9 +527,10 @@ def convert(
             behind. An interrupt leaves a folder beside `output` for the next call to go on with.
     """
     output = Path(output)
+    trained = adapter_file(str(adapter)) if adapter is not None else None
+    check_output(output, *(path.resolve() for path in (Path(source), trained) if path and path.exists()))
     checkpoint = read_checkpoint(str(source), revision, tokenizer, vision_tower)
-    check_output(output, checkpoint.folder)
-    trained = adapter_file(str(adapter)) if adapter else None
+    check_apart(output, checkpoint.folder)  # in the Hub's cache
     num_layers = checkpoint.config.text_config.num_hidden_layers
     layer, why = choose_saturation_layer(saturation_layer, num_layers, num_fusion_layers, trained, analysis)
     routing = {
@@ -548,9 +563,9 @@ def convert(
         "chat_template": checkpoint.processor.chat_template,
     }
     with staged(output, request) as staging:
-        if not staging.is_done:
-            summary = write_folder(staging, checkpoint, config, generation_config, plan, summary, progress)
-    return summary
+        if staging.is_done:
+            return dataclasses.replace(summary, **what_was_noted(staging, plan))
+        return write_folder(staging, checkpoint, config, generation_config, plan, summary, progress)
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
@@ -645,8 +660,15 @@ def main(arguments: list[str] | None = None) -> int:
         options |= {"source": str(HERE / "examples" / "tiny-llava"), "output": Path("dpvr-tiny")}
     if options["output"] is None:
         parser.error("the following arguments are required: output")
+    for name, value in options.items():
+        if value == "":
+            parser.error(f"{name if name in ('source', 'output') else '--' + name.replace('_', '-')} is empty")
     if private and not repo:
         parser.error("--private is for --push-to-hub")
+    if repo and options["dry_run"]:
+        parser.error("--dry-run writes nothing that --push-to-hub could upload")
+    if options["adapter"] and options["side_branch_init"] != "identity":
+        parser.error("--side-branch-init is of a side branch that --adapter does not bring")
     if repo:
         try:
             validate_repo_id(repo)
@@ -655,8 +677,8 @@ def main(arguments: list[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         summary = convert(**options, progress=True)
-        print(summary)
-        return try_to_push(summary.output, repo, private) if repo and summary.output else 0
+        say(str(summary))
+        return try_to_push(summary.output, repo, private) if repo else 0
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -665,6 +687,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def say(text: str) -> None:
+    """Prints, as far as it can: that nobody is told changes nothing about what was done."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # else the end of the program would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def try_to_push(folder: Path, repo: str, private: bool) -> int:

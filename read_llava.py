@@ -105,6 +105,8 @@ def resolve_folder(name: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise ConversionError(f"--revision {revision} is of a source on the Hub, but {name} is a folder.")
         return Path(name).resolve()
+    if Path(name).exists():
+        raise ConversionError(f"{name} is a file; give the folder of a checkpoint, or a Hub id.")
     texts = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
     _download(name, revision, ["additional_chat_templates/*.jinja"], ignored=None)
     return _download(name, revision, texts)
@@ -222,9 +224,11 @@ def load_processor(folder: Path, tokenizer: str | None):
             processor.tokenizer = tokens
         except ConversionError:  # the checkpoint may have no tokenizer
             images = _from_pretrained(AutoImageProcessor, folder, "The image processor")
-            template = folder / "chat_template.jinja"
+            template, older = folder / "chat_template.jinja", folder / "chat_template.json"
             with refusing(f"The tokenizer of {tokenizer} cannot be used"):
                 own = template.read_text(encoding="utf-8") if template.is_file() else None
+                if own is None and older.is_file():
+                    own = read_json(older).get("chat_template")
                 processor = LlavaProcessor(images, tokens, chat_template=own)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ConversionError(
@@ -305,11 +309,19 @@ def check_vocabulary(tokenizer, config: LlavaConfig, path: Path) -> None:
 def check_image_size(image_processor, config: LlavaConfig, folder: Path) -> None:
     """Refuses an image processor that makes images of another size than the vision tower takes."""
     fields, size = image_processor.to_dict(), config.vision_config.image_size
-    made = fields.get("crop_size") if fields.get("do_center_crop", True) else fields.get("size")
+    is_cropped = bool(fields.get("do_center_crop") and fields.get("crop_size"))
+    made = fields.get("crop_size") if is_cropped else fields.get("size")
     sides = made.values() if isinstance(made, dict) else [made]
     if any(side not in (None, size) for side in sides):
         raise ConversionError(
             f"The image processor of {folder} makes images of {made}, but vision_config.image_size is {size}."
+        )
+    one_side = isinstance(made, dict) and "shortest_edge" in made and fields.get("do_pad") is False
+    if not is_cropped and (one_side or fields.get("do_resize") is False):
+        raise ConversionError(
+            f"The image processor of {folder} makes images of many shapes (do_resize={fields.get('do_resize')}, "
+            f"do_center_crop={fields.get('do_center_crop')}, do_pad={fields.get('do_pad')}, size={made}), but the "
+            f"vision tower takes those of {size} x {size}."
         )
 
 
@@ -324,7 +336,8 @@ def check_original(fields: dict, path: Path) -> None:
     }
     for key, values in only.items():
         if fields.get(key) not in values:
-            raise ConversionError(f"{path}: {key} is {fields.get(key)!r}; only {values[-1]!r} is supported.")
+            allowed = " and ".join(repr(value) for value in values if value is not None)
+            raise ConversionError(f"{path}: {key} is {fields.get(key)!r}; only {allowed} can be converted.")
 
 
 def read_original(
@@ -514,7 +527,7 @@ def check_tied_head(checkpoint: Checkpoint) -> None:
     if not is_same or not all(map(torch.equal, head.pieces(), embeddings.pieces())):
         raise ConversionError(
             f"The config ties {HEAD} to the embeddings, but {head.key} in {head.path} differs from {embeddings.key} "
-            f"in {embeddings.path}."
+            f"in {embeddings.path}. If the head is one of its own, set tie_word_embeddings to false in config.json."
         )
 
 

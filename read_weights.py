@@ -46,9 +46,9 @@ class ConversionError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line of an error's message and what it announces, or the error's type where it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def read_json(path: Path) -> dict:
@@ -78,7 +78,7 @@ class StoredTensor:
         dtype: as stored; None for types that are no weights, such as integers.
         stated_dtype: name of that type in the file.
         offset: first byte in a safetensors file; None in a pickled one.
-        version: size and time of last change, in nanoseconds, of its file when this was read.
+        version: of its file when this was read, see `version_of`.
     """
 
     path: Path
@@ -87,7 +87,7 @@ class StoredTensor:
     dtype: torch.dtype | None
     stated_dtype: str
     offset: int | None = None
-    version: tuple[int, int] | None = None
+    version: tuple[int, ...] | None = None
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """Its numbers in order, in one-dimensional tensors of at most `PIECE_BYTES`."""
@@ -174,8 +174,9 @@ def is_finite(piece: torch.Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------- one file
 
 
-def version_of(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+def version_of(status: os.stat_result) -> tuple[int, ...]:
+    """Size, time of change, inode, and the time at which any of this was set, which also a hard link changes."""
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -148,7 +148,15 @@ def check_adapter_fits(path: Path, config: DPVRConfig, base: list[Weight], name:
     def read(weight: str) -> list[float] | None:
         return next(sources[weight].pieces())[:SAMPLE_SIZE].tolist() if weight in sources else None
 
-    if mismatch := find_mismatch(path, read_safetensors(path)[1], config, make_sample(read), name):
+    stated = read_safetensors(path)[1]
+    for field in ("num_side_layers", "num_fusion_layers"):
+        value = str(getattr(config, field))
+        if (there := stated.get(field, value)) != value:
+            raise ConversionError(
+                f"{path} was trained for {field}={there:.20}, but the model has {field}={value}. Convert with "
+                f"--{field.replace('_', '-')} {there:.20}."
+            )
+    if mismatch := find_mismatch(path, stated, config, make_sample(read), name):
         raise ConversionError(mismatch)
 
 

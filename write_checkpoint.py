@@ -38,6 +38,7 @@ from read_weights import (
 )
 
 MAX_SHARD_BYTES = 10**9
+JOURNAL_START = b'{"sources"'  # how the journal of any conversion begins
 PIECES_AHEAD = 4
 SYNC_BYTES = 2**26  # after so many the disk starts to write, and what is written is checked
 
@@ -67,6 +68,21 @@ def journal_of(output: Path) -> Path:
     return staging_of(output).with_suffix(".partial.json")
 
 
+def check_leftovers(output: Path, journal: BinaryIO) -> None:
+    """Refuses what bears the names of a killed conversion to `output` and is none: it would be thrown away."""
+    start = journal.read(len(JOURNAL_START))
+    journal.seek(0)
+    if not JOURNAL_START.startswith(start):
+        raise ConversionError(f"{journal_of(output)} is in the way and was not written by a conversion. Move it.")
+    folder = staging_of(output)
+    if folder.is_symlink():
+        raise ConversionError(f"{folder} is a symbolic link; what it leads to is left alone. Remove it.")
+    if folder.exists() and start != JOURNAL_START:
+        raise ConversionError(
+            f"{folder} is in the way, and no {journal_of(output).name} says that a conversion has left it. Move it."
+        )
+
+
 def read_journal(text: bytes) -> list[dict]:
     """The complete lines of a journal; the last one may have been cut off by a kill."""
     lines = []
@@ -82,28 +98,50 @@ def was_renamed(output: Path) -> bool:
     """Whether `output` is the result of a conversion that was killed between its rename and its end."""
     try:
         lines = read_journal(journal_of(output).read_bytes())
-        return bool(lines) and lines[-1].get("complete") == output.stat().st_ino and not staging_of(output).exists()
+        is_same = bool(lines) and lines[-1].get("complete") == output.stat().st_ino
+        is_whole = all((output / line["shard"]).is_file() for line in lines if "shard" in line)
+        return is_same and is_whole and not staging_of(output).exists()
     except OSError:
         return False
 
 
-def check_output(output: Path, source: Path) -> None:
-    """Refuses to write over anything, into the source, or around it."""
+def check_output(output: Path, *sources: Path) -> None:
+    """Refuses to write over anything, into a source, or around it, and what no rename can replace."""
     try:
         is_link, target, exists = output.is_symlink(), output.resolve(), output.exists()
-    except OSError as error:  # a name that is too long, a loop of links
-        raise ConversionError(f"{output} cannot be written: {error.strerror}.") from error
+    except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+        why = getattr(error, "strerror", None) or error
+        raise ConversionError(f"{output} cannot be written: {why}.") from error
     if is_link:
         raise ConversionError(f"{output} is a symbolic link; nothing is overwritten.")
     if target == Path.cwd():
         raise ConversionError(f"The output {output} is the current folder; give the name of one to make.")
+    if os.path.ismount(target):
+        raise ConversionError(f"{output} is a mount point, which no rename can replace; give a folder in it.")
+    for source in sources:
+        check_apart(output, source)
+    if exists and not was_renamed(output):
+        check_empty(output)
+
+
+def check_apart(output: Path, source: Path) -> None:
+    """Refuses to write over the folder or file `source`, into it, or around it, also on the way."""
+    target = output.resolve()
     if source == target:
         raise ConversionError(f"The output {output} is the source; nothing is overwritten.")
     if source in target.parents:
         raise ConversionError(f"The output {output} lies in the source {source}.")
     if target in source.parents:
         raise ConversionError(f"The source {source} lies in the output {output}; nothing is overwritten.")
-    if exists and not was_renamed(output) and (not output.is_dir() or any(output.iterdir())):
+    for path in (staging_of(output), journal_of(output)):
+        if path in (source, *source.parents):
+            raise ConversionError(
+                f"The source {source} lies where a conversion to {output} is prepared, in {path}. Give another output."
+            )
+
+
+def check_empty(output: Path) -> None:
+    if not output.is_dir() or any(output.iterdir()):
         raise ConversionError(f"{output} exists and is not an empty folder; nothing is overwritten.")
 
 
@@ -162,23 +200,25 @@ class Staging:
 
 def _resume(output: Path, journal: BinaryIO, request: dict) -> Staging:
     """What an earlier conversion with the same request has left, or an empty folder."""
-    folder, lines = staging_of(output), read_journal(journal.read())
-    if folder.is_symlink():
-        raise ConversionError(f"{folder} is a symbolic link; what it leads to is left alone. Remove it.")
+    folder, text = staging_of(output), journal.read()
+    lines = read_journal(text)
+    finished = {line["shard"]: line for line in lines[1:] if "shard" in line}
     is_same = bool(lines) and lines[0] == json.loads(json.dumps(request))
     if is_same and was_renamed(output):
-        return Staging(folder, journal, {}, is_done=True)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} exists and is not an empty folder; nothing is overwritten.")
-    if not is_same or not folder.is_dir():
+        return Staging(folder, journal, finished, is_done=True)
+    if output.exists():
+        check_empty(output)
+    if is_same and folder.is_dir():
+        staging = Staging(folder, journal, finished)
+        whole = text.split(b"\n")[: sum("complete" not in line for line in lines)]
+        journal.seek(sum(len(line) + 1 for line in whole))
+        journal.truncate()  # the last line may have been cut off
+    else:
+        staging = Staging(folder, journal, {})
         shutil.rmtree(folder, ignore_errors=True)
-        lines = [request]
-    staging = Staging(folder, journal, {line["shard"]: line for line in lines[1:] if "shard" in line})
-    journal.seek(0)
-    journal.truncate()
-    for line in lines:  # again, for the last one may have been cut off
-        if "complete" not in line:
-            staging.note(**line)
+        journal.seek(0)
+        journal.truncate()
+        staging.note(**request)
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if path.is_symlink():
@@ -203,6 +243,12 @@ def staged(output: Path, request: dict) -> Iterator[Staging]:
         output.parent.mkdir(parents=True, exist_ok=True)
         with locked(journal, output) as file:
             try:
+                check_leftovers(output, file)
+            except ConversionError:
+                if not os.fstat(file.fileno()).st_size:  # made just now
+                    journal.unlink()
+                raise
+            try:
                 staging = _resume(output, file, request)
                 yield staging
                 if not staging.is_done:
@@ -225,10 +271,9 @@ def staged(output: Path, request: dict) -> Iterator[Staging]:
 
 
 def _publish(staging: Staging, output: Path) -> None:
-    for path in staging.folder.iterdir():
+    for path in [*staging.folder.rglob("*"), staging.folder]:
         if path.name not in staging.finished:
             sync(path)
-    sync(staging.folder)
     staging.note(complete=staging.folder.stat().st_ino)
     os.replace(staging.folder, output)  # an empty folder there gives way
 
@@ -380,7 +425,7 @@ class Written:
         return count
 
 
-def sync_and_check(path: Path, written: list[Written]) -> tuple[dict[str, int], dict[str, int]]:
+def sync_and_check(path: Path, written: list[Written]) -> tuple[dict[str, str], dict[str, int]]:
     """Waits until weights are on the disk and reads them back. Returns the checksum of each, and how many numbers are
     not finite where any are not."""
     sync(path)
@@ -461,7 +506,7 @@ def _link_or_copy(staging: Staging, name: str, path: Path) -> None:
     try:
         os.link(path.resolve(), target)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         check_room(staging.folder.parent, path.stat().st_size)
         line = {"shard": name, "reason": error.strerror, "checksum": _copy_file(path, target)}
@@ -502,7 +547,8 @@ def _copy_file(path: Path, target: Path) -> str:
 
 def check_room(folder: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise ConversionError(f"{folder} has {free / 1e9:.1f} GB free, but the weights need {needed / 1e9:.1f} GB.")
+        free, needed = (tqdm.format_sizeof(number, "B") for number in (free, needed))
+        raise ConversionError(f"{folder} has {free} free, but the weights need {needed}.")
 
 
 def write_index(folder: Path, tensors: list[tuple[str, str, int, int]]) -> None:

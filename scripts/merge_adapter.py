@@ -9,34 +9,37 @@ The base is a DPVR, or the LLaVA that one is made from. The output folder appear
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from training.adapters import (
-    AdapterError,
     adapter_path,
     from_llava,
     load_adapter,
     merge_adapter,
     processor_from_llava,
+    refuse_missing,
 )
 from training.card import RUN_FILE
+from write_checkpoint import check_output
 
 
 def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, dtype: str = "auto") -> None:
     """Writes `base` with `adapter` merged, its processor, and the record of the training if the adapter has one, into
     `output`, which must not exist or be empty."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AdapterError(f"{output} exists and is not an empty folder; nothing is overwritten.")
     weights = adapter_path(adapter, subfolder)
+    check_output(output, weights.resolve(), *([Path(base).resolve()] if Path(base).exists() else []))
     if AutoConfig.from_pretrained(base, trust_remote_code=True).model_type == "dpvr":
-        model = AutoModel.from_pretrained(base, trust_remote_code=True, dtype=dtype)
+        model, loaded = AutoModel.from_pretrained(base, trust_remote_code=True, dtype=dtype, output_loading_info=True)
+        refuse_missing(loaded, base)
         merged = merge_adapter(load_adapter(model, weights))
         processor = AutoProcessor.from_pretrained(base, trust_remote_code=True)
     else:
@@ -73,11 +76,17 @@ def main(arguments: list[str] | None = None) -> int:
     dtypes = ("auto", "bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the base (default: auto, as stored)")
     options = parser.parse_args(arguments)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         merge(options.base, options.adapter, options.output, options.subfolder, options.dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left behind", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     print(f"{options.output}: {options.base} with {options.adapter}; it loads without PEFT")
     return 0
 

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT
 from peft import IA3Config, LoraConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import NUM_LAYERS, DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
 from transformers import MistralConfig, Qwen2Config, modeling_utils
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -617,3 +618,29 @@ def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(k
     assert "exists and is not an empty folder" in capsys.readouterr().err
     assert main([str(tiny), str(tmp_path / "absent"), str(tmp_path / "none")]) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged", "again"}
+
+
+@pytest.mark.parametrize("of", ["llava", "dpvr"])
+def test_the_merging_command_makes_up_no_weight_that_the_base_lacks(of, tmp_path, capsys):
+    from scripts.merge_adapter import main
+
+    tiny = ROOT / "examples" / "tiny-llava"
+    model = add_adapter(from_llava(tiny, saturation_layer=4))
+    save_adapter(model, tmp_path / "adapter", str(tiny))
+    if of == "llava":
+        shutil.copytree(tiny, tmp_path / "base")
+    else:
+        assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "base")]) == 0
+    for path in (tmp_path / "base").glob("*.safetensors"):
+        weights = load_file(path)
+        lost = [name for name in weights if name.endswith("language_model.layers.0.mlp.down_proj.weight")]
+        lost += [name for name in weights if name.endswith("language_model.model.layers.0.mlp.down_proj.weight")]
+        save_file({name: weight for name, weight in weights.items() if name not in lost}, path, {"format": "pt"})
+    assert main([str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
+    assert "layers.0.mlp.down_proj.weight: it is no whole checkpoint" in capsys.readouterr().err
+    for path in (tmp_path / "base").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert main([str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
+    assert main([str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "base" / "inside")]) == 1
+    assert "lies in the source" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}

@@ -238,6 +238,38 @@ def test_of_a_hub_source_its_named_templates_are_fetched_too(tmp_path, monkeypat
     assert sorted(fetched) == ["additional_chat_templates/rag.jinja", "config.json"]
 
 
+def test_bad_targets_and_adapters_are_refused_before_weights_are_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_llava, "snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    (tmp_path / "mine.txt").write_text("mine")
+    for output, options in ((tmp_path, {}), (tmp_path / "dpvr", {"adapter": "nosuch"})):
+        with pytest.raises(ConversionError, match="not an empty folder|nor a folder with adapter_model"):
+            convert("org/llava", output, **options)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"do_center_crop": False, "do_pad": False},
+        {"do_center_crop": False, "do_resize": False},
+        {"do_center_crop": None, "size": {"height": 56, "width": 56}},
+    ],
+)
+def test_an_image_processor_whose_images_the_tower_does_not_take_is_refused(tmp_path, source, fields):
+    path = source / "processor_config.json"
+    path = path if path.exists() else source / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    content.get("image_processor", content).update(fields)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConversionError, match="makes images of"):
+        convert(source, tmp_path / "dpvr")
+
+
+def test_the_name_of_a_weight_file_in_the_config_of_the_source_is_not_that_of_the_result(tmp_path, source):
+    edit_config(source, transformers_weights="elsewhere.safetensors")
+    convert(source, tmp_path / "dpvr")
+    assert "transformers_weights" not in json.loads((tmp_path / "dpvr" / "config.json").read_text())
+
+
 def test_options_that_would_do_nothing_are_refused(tmp_path, capsys):
     source = str(write_llava_hf(tmp_path / "llava", make_llava()))
     assert main([source, str(tmp_path / "dpvr"), "--revision", "main"]) == 1
@@ -327,8 +359,10 @@ def test_a_tokenizer_option_serves_a_source_without_one(tmp_path):
         (source / name).rename(tmp_path / "tokenizer" / name)
     with pytest.raises(ConversionError, match="The processor cannot be loaded"):
         convert(source, tmp_path / "dpvr")
+    (source / "chat_template.json").write_text('{"chat_template": "{{ messages[0].role }} <image>"}')  # an old name
     convert(source, tmp_path / "dpvr", tokenizer=str(tmp_path / "tokenizer"))
     assert_same_weights(read_output(tmp_path / "dpvr"), make_llava().state_dict())
+    assert "messages[0].role" in (tmp_path / "dpvr" / "chat_template.jinja").read_text()
 
 
 def test_of_two_sets_of_weights_transformers_choice_is_converted(tmp_path):
@@ -649,7 +683,7 @@ def test_a_dry_run_finds_a_disk_that_will_refuse(tmp_path, source, monkeypatch):
             convert(source, tmp_path / "deep" / "dpvr", dry_run=True)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConversionError, match="0.0 GB free, but the weights need"):
+    with pytest.raises(ConversionError, match="kB free, but the weights need"):
         convert(source, tmp_path / "dpvr", dry_run=True)
     (tmp_path / ".dpvr.partial").mkdir()  # what it holds is not needed again
     convert(source, tmp_path / "dpvr", dry_run=True)
@@ -696,6 +730,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         ({"text_config": {"model_type": "no-such-model"}}, "config.json is not a config"),
         ({"image_seq_length": "many"}, "config.json is not a config"),
         ({"image_token_index": 5}, "has <image> at 96, but .* has it at 5"),
+        ({"projector_hidden_act": 5}, "'projector_hidden_act': .*5"),
         ({"dtype": {"": None}}, r"dtype \{'': None\} of .* is none of bfloat16"),
     ],
 )
@@ -710,7 +745,7 @@ def test_configs_that_are_refused(tmp_path, source, fields, message):
     [
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'; only 'pad' and 'square'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"vocab_size": WORDS + 2}, r"embed_tokens\.weight in .* has shape \(96, 32\), .* \(98, 32\)"),
         ({"mm_vision_tower": "no/such/tower"}, "'no/such/tower' is neither a folder nor a Hub repository"),
@@ -733,6 +768,7 @@ def test_original_configs_that_are_refused(tmp_path, fields, message):
         ({"num_side_layers": -1}, "num_side_layers=-1"),
         ({"side_branch_init": "copy", "saturation_layer": 5, "num_side_layers": 2}, "copy of layer 6"),
         ({"vision_tower": "openai/clip"}, "original layout"),
+        ({"adapter": ""}, "is neither a .safetensors file nor a folder"),
     ],
 )
 def test_options_that_are_refused(tmp_path, source, options, message):
@@ -834,7 +870,18 @@ def test_command_line(tmp_path, source, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", [["only-a-source"], ["a", "b", "--side-branch-init", "magic"], ["a", "b", "c"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["only-a-source"],
+        ["a", "b", "--side-branch-init", "magic"],
+        ["a", "b", "c"],
+        ["", "b"],
+        ["a", "b", "--adapter", ""],
+        ["a", "b", "--adapter", "c", "--side-branch-init", "copy"],
+        ["a", "b", "--dry-run", "--push-to-hub", "org/name"],
+    ],
+)
 def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from kill_conversions import contents, identities
 from llava_checkpoints import make_llava, read_output, write_llava_hf
 from safetensors.torch import load_file, save_file
@@ -91,7 +92,7 @@ def test_a_full_disk_is_refused_before_and_while_writing(tmp_path, source, monke
     try:
         (disk / "other").write_bytes(bytes(300_000))
         assert main([str(source), str(disk / "dpvr")]) == 1
-        assert "GB free, but the weights need 0.0 GB" in capsys.readouterr().err
+        assert "kB free, but the weights need 318kB" in capsys.readouterr().err
         monkeypatch.setattr(write_checkpoint, "check_room", lambda *_: None)
         assert main([str(source), str(disk / "dpvr")]) == 1
         assert capsys.readouterr().err == f"error: {disk / 'dpvr'} cannot be written: No space left on device.\n"
@@ -131,7 +132,7 @@ def interrupted(source: Path, output: Path, monkeypatch, **options) -> dict[str,
 
 
 @pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize("change", ["options", "source", "nothing"])
+@pytest.mark.parametrize("change", ["options", "source", "replaced", "written over", "nothing"])
 def test_only_the_same_request_goes_on(tmp_path, source, monkeypatch, change):
     shards = interrupted(source, tmp_path / "dpvr", monkeypatch)
     options = {}
@@ -140,6 +141,14 @@ def test_only_the_same_request_goes_on(tmp_path, source, monkeypatch, change):
     elif change == "source":
         path = next(source.glob("*.safetensors"))
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    elif change != "nothing":  # other weights of the same size and time
+        path = next(source.glob("*.safetensors"))
+        weights, status = load_file(path), path.stat()
+        if change == "replaced":
+            path.unlink()
+        save_file({name: weight + 1 for name, weight in weights.items()}, path, {"format": "pt"})
+        os.utime(path, ns=(1, status.st_mtime_ns))
+        assert path.stat().st_size == status.st_size
     convert(source, tmp_path / "dpvr", **options)
     after = identities(tmp_path / "dpvr")
     kept = [name for name, identity in shards.items() if after.get(name) == identity]
@@ -234,11 +243,75 @@ def test_a_conversion_killed_after_its_rename_is_not_taken_for_another_one(tmp_p
         patch.setattr(write_checkpoint, "sync", interrupt_when_it_is_there)
         with pytest.raises(KeyboardInterrupt):
             convert(source, output)
-    before = contents(output)
+    before, journal = contents(output), write_checkpoint.journal_of(output).read_bytes()
     for options in ({"num_fusion_layers": 2}, {"tokenizer": str(source)}):
         with pytest.raises(ConversionError, match="is not an empty folder; nothing is overwritten"):
             convert(source, output, **options)
     assert contents(output) == before
+    write_checkpoint.journal_of(output).write_bytes(journal)
+    assert convert(source, output).output == output
+    assert contents(output) == before
+    next(output.glob("*.safetensors")).unlink()  # no more the result of that conversion
+    write_checkpoint.journal_of(output).write_bytes(journal)
+    with pytest.raises(ConversionError, match="is not an empty folder; nothing is overwritten"):
+        convert(source, output)
+
+
+def test_what_only_bears_the_names_of_a_killed_conversion_is_left_alone(tmp_path, source):
+    staging, journal = (made(tmp_path / "dpvr") for made in (write_checkpoint.staging_of, write_checkpoint.journal_of))
+    staging.mkdir()
+    (staging / "mine.txt").write_text("mine")
+    with pytest.raises(ConversionError, match=r"dpvr\.partial is in the way, and no \.dpvr\.partial\.json says"):
+        convert(source, tmp_path / "dpvr")
+    assert not journal.exists()
+    journal.write_text('{"mine": 1}')
+    with pytest.raises(ConversionError, match="in the way and was not written by a conversion"):
+        convert(source, tmp_path / "dpvr")
+    assert ((staging / "mine.txt").read_text(), journal.read_text()) == ("mine", '{"mine": 1}')
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("inside", ["", "deep/llava"])
+def test_a_source_or_adapter_where_the_output_is_prepared_is_refused(tmp_path, source, link, inside):
+    moved = write_checkpoint.staging_of(tmp_path / "dpvr") / inside
+    moved.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(moved)
+    before = contents(moved)
+    with pytest.raises(ConversionError, match=r"lies where a conversion to \S+ is prepared"):
+        convert(moved, tmp_path / "dpvr", link=link)
+    with pytest.raises(ConversionError, match=r"lies where a conversion to \S+ is prepared"):
+        convert(ROOT / "examples" / "tiny-llava", tmp_path / "dpvr", adapter=next(moved.glob("*.safetensors")))
+    assert contents(moved) == before
+
+
+def test_a_mount_point_and_a_loop_of_links_are_refused_before_anything_is_written(tmp_path, source, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    for output, sentence in {"disk": "is a mount point", "loop": "cannot be written", "loop/x": "cannot be"}.items():
+        with pytest.raises(ConversionError, match=sentence):
+            convert(source, tmp_path / output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "llava", "loop"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_conversion_whose_summary_nobody_can_be_told_is_one_all_the_same(tmp_path, source):
+    for name, options in {
+        "full": {"PYTHONUNBUFFERED": "1"},
+        "late": {},
+        "\xf6": {"PYTHONIOENCODING": "ascii"},
+    }.items():
+        with open(os.devnull if name == "\xf6" else "/dev/full", "w") as nowhere:
+            result = subprocess.run(
+                [sys.executable, ROOT / "convert_llava_to_dpvr.py", source, tmp_path / name],
+                stdout=nowhere,
+                stderr=subprocess.PIPE,
+                env={**os.environ, **options},
+                text=True,
+                check=False,
+            )
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / name / "config.json").is_file()
 
 
 def test_links_in_the_place_of_its_own_files_are_not_followed(tmp_path, source):

@@ -534,7 +534,7 @@ def from_llava(
         kwargs: of `from_pretrained`: `dtype` (default `"auto"`), `device_map`, `revision`, `token`, ...
 
     Raises:
-        AdapterError: the checkpoint is not of this layout, or the adapter does not fit it.
+        AdapterError: the checkpoint is not of this layout or lacks weights, or the adapter does not fit it.
 
     Example:
 
@@ -551,11 +551,22 @@ def from_llava(
     reported = dpvr_class._keys_to_ignore_on_load_missing
     dpvr_class._keys_to_ignore_on_load_missing = [r"\.side_branch\."]  # no fault of the checkpoint, and no news
     try:
-        model = dpvr_class.from_pretrained(llava, config=config, **{"dtype": "auto", **kwargs}).eval()
+        kwargs = {"dtype": "auto", **kwargs, "output_loading_info": True}
+        model, loaded = dpvr_class.from_pretrained(llava, config=config, **kwargs)
     finally:
         dpvr_class._keys_to_ignore_on_load_missing = reported
+    refuse_missing(loaded, llava)
+    model.eval()
     model.base_type = "llava"  # of which an adapter's card says how to load it
     return model if path is None else merge_adapter(load_adapter(model, path))
+
+
+def refuse_missing(loaded: dict, name: str | Path) -> None:
+    """Refuses a model of which some weights were not in the checkpoint `name`, from what `from_pretrained` tells of
+    its loading: transformers makes them up."""
+    if missing := sorted(loaded["missing_keys"]):
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise AdapterError(f"{name} lacks {missing[0]}{others}: it is no whole checkpoint.")
 
 
 def _choose_routing(adapter: Path | None, saturation_layer: int | None, num_layers: int) -> dict[str, int]:
