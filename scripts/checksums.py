@@ -64,7 +64,7 @@ def check_files(folder: Path, names: list[str]) -> None:
 
 
 def _is_apart(folder: Path, path: Path) -> bool:
-    if path.parts[0] in LEFT_OUT or path.parent.name == "__pycache__":
+    if path.parts[0] in LEFT_OUT or (path.parent.name == "__pycache__" and path.suffix == ".pyc"):
         return True
     return path.suffix not in CODE and any((folder / parent / NAME).is_file() for parent in path.parents[:-1])
 

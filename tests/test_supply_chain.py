@@ -229,6 +229,13 @@ def test_what_python_leaves_behind_is_no_fault_and_torch_is_not_needed(release):
     assert "1 compiled files in __pycache__ were not: remove them" in result.stdout
 
 
+def test_a_library_among_what_python_leaves_behind_is_a_fault(release, capsys):
+    (release / "sub" / "__pycache__").mkdir()
+    (release / "sub" / "__pycache__" / "code.so").write_bytes(b"")
+    assert checksums.main([str(release), "--check"]) == 1
+    assert "sub/__pycache__/code.so: not named in SHA256SUMS" in capsys.readouterr().out
+
+
 def test_nothing_is_written_through_a_link(release, tmp_path, capsys):
     (release / "SHA256SUMS").unlink()
     (release / "SHA256SUMS").symlink_to(tmp_path / "elsewhere")
