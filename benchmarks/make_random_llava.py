@@ -138,8 +138,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.output.exists():
         parser.error(f"{args.output} exists")
-    if args.hidden_size % 128:
+    if args.hidden_size % 128 or args.hidden_size < 1:
         parser.error(f"--hidden-size {args.hidden_size} is not a multiple of 128")
+    if min(args.num_layers, args.tower_layers, args.max_file_bytes) < 1:
+        parser.error("--num-layers, --tower-layers and --max-file-bytes must be at least 1")
     write_llava(args.output, args.num_layers, args.hidden_size, args.tower_layers, args.max_file_bytes, args.seed)
     return 0
 
