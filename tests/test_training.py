@@ -500,6 +500,18 @@ def test_features_of_something_else_are_refused_with_both_values(cached):
         feature_cache.cache_features(folder, model, data)
 
 
+def test_features_of_pictures_of_another_folder_are_refused(cached, pictures, processor, tmp_path):
+    model, data, folder = cached
+    feature_cache.cache_features(folder, model, data)
+    others = tmp_path / "others"
+    shutil.copytree(pictures, others)
+    feature_cache.cache_features(folder, model, open_data(pictures / "good.json", others, processor, tmp_path / "b"))
+    Image.open(others / "2.png").rotate(90).resize((99, 99)).save(others / "2.png")
+    data = open_data(pictures / "good.json", others, processor, tmp_path / "bad.jsonl")
+    with pytest.raises(feature_cache.CacheError, match="with picture_files '.*', but this run has '"):
+        feature_cache.cache_features(folder, model, data)
+
+
 def test_features_of_a_llava_as_it_is_are_those_of_its_dpvr(cached, pictures, tmp_path):
     model, data, folder = cached
     llava = ROOT / "examples" / "tiny-llava"

@@ -332,6 +332,10 @@ class ConversationDataset(Dataset):
         bad_rows: where to report.
         max_length: most tokens of a row.
 
+    Attributes:
+        good: numbers of the rows that are not known to be bad.
+        sizes: bytes of the picture files of a row, by its number.
+
     Raises:
         ValueError: no row is any good; the message has the first reasons.
     """
@@ -339,7 +343,7 @@ class ConversationDataset(Dataset):
     def __init__(self, rows, processor, image_folder: Path, bad_rows: BadRows, max_length: int):
         self.rows, self.processor, self.folder = rows, processor, Path(image_folder)
         self.bad_rows, self.max_length = bad_rows, max_length
-        self.good = []
+        self.good, self.sizes = [], {}
         for number in tqdm(range(len(rows)), desc="checking rows", mininterval=1, disable=None):
             try:
                 self.check(number)
@@ -352,10 +356,15 @@ class ConversationDataset(Dataset):
     @as_bad_row("malformed")
     def check(self, number: int) -> None:
         _, images = read_conversation(self.rows[number])
+        sizes = []
         for image in images:
             path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
-            if isinstance(path, str) and not os.path.isfile(self.folder / path):
-                raise BadRowError("missing image", path)
+            if isinstance(path, str):
+                if not os.path.isfile(self.folder / path):
+                    raise BadRowError("missing image", path)
+                sizes.append(os.path.getsize(self.folder / path))
+        if sizes:
+            self.sizes[number] = sizes
 
     def hold_back(self, num_rows: int) -> "ConversationDataset":
         """The last `num_rows` rows, which this dataset then no longer has.

@@ -84,11 +84,16 @@ def weights_digest(model: StagedModel) -> str:
 
 
 def data_digest(dataset: ConversationDataset) -> str:
-    """Of the rows' text and the names of their images. The images' pixels are not read."""
+    """Of the rows' text and the names of their images, or the pictures themselves where rows hold them."""
     rows = dataset.rows
     if hasattr(rows, "_fingerprint"):  # of the datasets library
         return digest(rows._fingerprint.encode(), str(len(rows)).encode())
     return digest(*(json.dumps(rows[number], sort_keys=True).encode() for number in dataset.good))
+
+
+def pictures_digest(dataset: ConversationDataset) -> str:
+    """Of the sizes of the picture files, whose pixels are not read: those of another folder tell themselves apart."""
+    return digest(*(json.dumps([number, dataset.sizes.get(number)]).encode() for number in dataset.good))
 
 
 def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.dtype) -> dict:
@@ -104,6 +109,7 @@ def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.d
             _fields(processor), str(processor.chat_template).encode(), _vocabulary(processor.tokenizer)
         ),
         "data": data_digest(dataset),
+        "picture_files": pictures_digest(dataset),
         "rows": len(dataset),
         "max_length": dataset.max_length,
         "pictures": "upright, of 8 bits",  # as `read_picture` makes them
