@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from training.adapters import (
+    CONFIG_FILE,
     WEIGHTS_FILE,
     add_adapter,
     base_name,
@@ -40,9 +41,9 @@ from training.adapters import (
 )
 from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_card, plot_losses, read_license
 from training.data import BadRows, Collator, ConversationDataset, read_rows
-from training.features import CachedFeatures, CacheError, cache_features
+from training.features import CachedFeatures, CacheError, cache_features, digest
 from training.staged import LOSSES, StagedModel, collate_rows
-from training.trainer import SideBranchTrainer, count_trainable, last_checkpoint
+from training.trainer import SideBranchTrainer, check_facts, count_trainable, last_checkpoint
 
 DEFAULTS = {
     "learning_rate": 1e-3,
@@ -54,6 +55,19 @@ DEFAULTS = {
     "save_total_limit": 2,
     "max_grad_norm": 1.0,
 }
+# Options of TrainingArguments that a run must go on with: a schedule or an order of rows goes on from where it was
+KEPT = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+)
 # Options of TrainingArguments that would do harm, or nothing, and why
 REFUSED = {
     "label_smoothing_factor": "is for the Trainer's own loss; here the loss is that of --loss",
@@ -207,10 +221,33 @@ def trained_parts(options: argparse.Namespace, num_side_layers: int) -> str:
     return " and ".join(parts)
 
 
+def facts_of(options: argparse.Namespace, arguments: TrainingArguments, data: ConversationDataset) -> dict[str, str]:
+    """What a run must have in common with the one that it goes on with. How many steps or epochs is free, and over how
+    many processes a batch is spread."""
+    peft_config = "none"
+    if options.peft_config:
+        peft_config = digest((options.peft_config / CONFIG_FILE).read_bytes())
+    facts = {
+        "loss": options.loss,
+        "data": f"{options.data.name} of {len(data)} rows",
+        "max_length": data.max_length,
+        "cached_features": options.cache_features is not None,
+        "peft_config": peft_config,
+        "total_batch_size": total_batch_size(arguments, arguments.per_device_train_batch_size),
+    }
+    facts |= {name: getattr(arguments, name) for name in KEPT}
+    return {name: str(getattr(value, "value", value)) for name, value in facts.items()}
+
+
+def total_batch_size(arguments: TrainingArguments, batch_size: int) -> int:
+    return batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
 def record_of(options, arguments: TrainingArguments, trainer, model, data) -> dict:
     """What a model card and a reader need to know of the run. No path of this machine."""
     trained, total, _ = count_trainable(model)
-    batch_size = trainer._train_batch_size  # which --auto_find_batch_size may have made smaller
+    # Which --auto_find_batch_size may have made smaller
+    batch_size = total_batch_size(arguments, trainer._train_batch_size)
     history = trainer.state.log_history
     return {
         "base_model": base_name(options.base or options.model),
@@ -231,7 +268,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data) -> di
             "lr_scheduler_type": str(arguments.lr_scheduler_type.value),
             "warmup_steps": arguments.warmup_steps,
             "weight_decay": arguments.weight_decay,
-            "batch_size": batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            "batch_size": batch_size,
             "epochs": trainer.state.epoch,
             "steps": trainer.state.global_step,
             "seed": arguments.seed,
@@ -255,6 +292,9 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         print(count_trainable(model)[2], flush=True)
     with arguments.main_process_first():
         data, evaluation = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
+    facts = facts_of(options, arguments, data)
+    if checkpoint:
+        check_facts(checkpoint, facts)  # before features are computed for nothing
     rows, collate = data, Collator(processor.tokenizer.pad_token_id)
     if options.cache_features:
         rows = cached(options.cache_features / "train", model, data, arguments)
@@ -262,7 +302,6 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         collate = collate_rows
     # What a layer before the fusion trains may be of no use to a batch, as one without an image
     arguments.ddp_find_unused_parameters = not model.features_frozen
-    facts = {"loss": options.loss, "data": f"{options.data.name} of {len(data)} rows"}
     trainer = SideBranchTrainer(model, arguments, collate, train_dataset=rows, eval_dataset=evaluation, facts=facts)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if evaluation is not None:

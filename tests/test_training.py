@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -790,6 +791,43 @@ def test_a_run_is_not_resumed_at_another_layer_or_with_another_loss_or_base(pict
     other = train(other, pictures, tmp_path / "out", *options, "--saturation-layer", 3)
     assert train_side_branch.main(other) == 1
     assert "has other weights: value 0 of model.multi_modal_projector.linear_1.weight" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_options_alone(embedded, pictures, tmp_path, capsys):
+    from peft import LoraConfig
+
+    for rank in (2, 3):
+        lora = LoraConfig(r=rank, target_modules=r".*language_model\.layers\.7\.mlp\.up_proj")
+        lora.save_pretrained(tmp_path / f"rank {rank}")
+    output, given = tmp_path / "out", ("--save_steps", 1, "--peft-config", tmp_path / "rank 2")
+    assert train_side_branch.main(train(embedded, pictures, output, *given, "--max_steps", 1)) == 0
+
+    def resume(*options):
+        more = ("--max_steps", 2, "--resume", *options)
+        return train_side_branch.main(train(embedded, pictures, output, *given, *more))
+
+    for option, value, stated in (
+        ("--learning_rate", 0.5, "learning_rate=0.001, but this run has 0.5"),
+        ("--lr_scheduler_type", "linear", "lr_scheduler_type=cosine, but this run has linear"),
+        ("--seed", 7, "seed=42, but this run has 7"),
+        ("--data_seed", 7, "data_seed=None, but this run has 7"),
+        ("--optim", "adafactor", "but this run has adafactor"),
+        ("--max-length", 999, "max_length=1024, but this run has 999"),
+        ("--gradient_accumulation_steps", 2, "total_batch_size=2, but this run has 4"),
+        ("--cache-features", tmp_path / "features", "cached_features=False, but this run has True"),
+        ("--peft-config", tmp_path / "rank 3", "with peft_config="),
+    ):
+        assert resume(option, value) == 1
+        assert stated in capsys.readouterr().err
+    weights = output / "checkpoint-1" / TRAINED_WEIGHTS
+    tensors = load_file(weights)
+    save_file({name: tensor[..., :1].clone() for name, tensor in tensors.items()}, weights)  # of no stated run
+    assert resume() == 1
+    assert re.search(r"has shape \(\d+, 1\) there, but \(\d+, \d+\) in this run", capsys.readouterr().err)
+    shutil.rmtree(output / "checkpoint-1")
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "new", *given, "--max_steps", 1)) == 0
+    shutil.copytree(tmp_path / "new" / "checkpoint-1", output / "checkpoint-1")
+    assert resume("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2) == 0
 
 
 def test_a_card_that_somebody_wrote_stays_and_one_that_training_wrote_is_made_anew(

@@ -55,6 +55,23 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(finished)[1] if finished else None
 
 
+def check_facts(checkpoint: str | Path, facts: dict[str, str]) -> None:
+    """Compares what a checkpoint states of its run, as far as it does, with this run's.
+
+    Raises:
+        ValueError: naming the first that differs and both values.
+    """
+    path = Path(checkpoint, TRAINED_WEIGHTS)
+    with safe_open(path, framework="pt") as file:
+        stated = file.metadata() or {}
+    for name, value in facts.items():
+        if stated.get(name, value) != value:
+            raise ValueError(
+                f"{path} was trained with {name}={stated[name]}, but this run has {value}. Resume with the options "
+                "that the run began with, or train into another folder."
+            )
+
+
 class GroupedByLength(LengthGroupedSampler):
     """Its order follows from seed and epoch alone, so that a run that goes on takes the rows that it has not taken."""
 
@@ -154,13 +171,15 @@ class SideBranchTrainer(Trainer):
                     f"{path} holds {len(stored)} weights, but {len(expected)} train in this run; {differing[0]} is in "
                     "only one of the two. Resume with the --whole-fusion, --lora or --peft-config of its beginning."
                 )
-            stated = file.metadata()
+            stated = file.metadata() or {}
             check_trained_for(path, stated, self.model.base)
-            for name, value in self.facts.items():
-                if stated.get(name, value) != value:
+            check_facts(checkpoint, self.facts)
+            for name, weight in expected.items():
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(weight.shape):
                     raise ValueError(
-                        f"{path} was trained with {name}={stated[name]}, but this run has {value}. Resume with the "
-                        f"--{name} that the run began with, or train into another folder."
+                        f"{path}: {name} has shape {shape} there, but {tuple(weight.shape)} in this run. Resume with "
+                        "the options that the run began with, or train into another folder."
                     )
             with torch.no_grad():
                 for name, weight in expected.items():
