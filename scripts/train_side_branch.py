@@ -75,6 +75,7 @@ REFUSED = {
     "bf16_full_eval": "would round the weights that train",
     "fp16_full_eval": "would round the weights that train",
     "push_to_hub": "would publish checkpoints and records of rows, not the adapter: use scripts/push_to_hub.py",
+    "save_only_model": "would leave the optimizer out of checkpoints, and --resume would begin it anew",
     "resume_from_checkpoint": "is --resume here, which goes on from the last checkpoint of --output",
 }
 
