@@ -131,6 +131,10 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(str(error))
     if options.eval_rows < 0:
         parser.error(f"--eval-rows {options.eval_rows}: give a number of rows")
+    if options.max_length is not None and options.max_length < 1:
+        parser.error(f"--max-length {options.max_length}: give at least 1 token, or leave it out")
+    if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # the default: as the epochs have it
+        parser.error(f"--max_steps {training_arguments.max_steps}: give at least 1, or leave it out")
     for name in ("data", "image_folder", "eval_data", "peft_config"):
         path = getattr(options, name)
         if path is not None and not path.exists():  # now, and not once the model is loaded
