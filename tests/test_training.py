@@ -796,6 +796,25 @@ def test_a_run_is_not_resumed_at_another_layer_or_with_another_loss_or_base(pict
     assert "has other weights: value 0 of model.multi_modal_projector.linear_1.weight" in capsys.readouterr().err
 
 
+def test_the_held_out_loss_is_the_mean_over_tokens_whatever_a_batch_holds(embedded, pictures, tmp_path):
+    """Also with two processes, of which the last has a row that the first has counted."""
+
+    def held_out(name, command, *options):
+        options += ("--max_steps", 1, "--eval-rows", 3, "--eval_steps", 1)
+        command = [*command, str(ROOT / "scripts" / "train_side_branch.py")]
+        command += train(embedded, pictures, tmp_path / name, *options)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
+        return json.loads((tmp_path / name / "training.json").read_text())["eval_loss_curve"][-1][1]
+
+    one = [sys.executable]
+    two = [*one, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    expected = held_out("one", one, "--per_device_eval_batch_size", 3)
+    assert held_out("smaller", one, "--per_device_eval_batch_size", 2) == pytest.approx(expected, abs=1e-5)
+    options = ("--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 1)
+    assert held_out("two", two, *options) == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_run_goes_on_with_its_own_options_alone(embedded, pictures, tmp_path, capsys):
     from peft import LoraConfig
 

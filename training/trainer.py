@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from training.adapters import check_trained_for, describe_training, plain_name
+from training.staged import predicts
 
 TRAINED_WEIGHTS = "trained.safetensors"
 
@@ -95,6 +96,7 @@ class SideBranchTrainer(Trainer):
     Attributes:
         facts: what checkpoints state of the run, by name. A run that goes on must have the same.
         seconds: how long runs that this one goes on with have trained.
+        evaluated: `(2,)`, the sum of the loss of this process's part of an evaluation, and its answers' tokens.
     """
 
     facts: dict[str, str]
@@ -128,6 +130,33 @@ class SideBranchTrainer(Trainer):
         if self.sampler is not None and hasattr(loader, "set_sampler"):
             loader.set_sampler(self.sampler)
         return loader
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the Trainer's, but for the loss: the mean over all answers' tokens, as in training. The Trainer's is the
+        mean of the batches' means, which depends on how many rows a batch has."""
+        self.evaluated = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        loss, count = self.accelerator.reduce(self.evaluated, "sum").tolist()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = loss / max(count, 1)
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None) -> tuple:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs)["loss"]
+        count = predicts(inputs["labels"]).sum()
+        self.evaluated += torch.stack([loss * count, count]) * self._own_share(len(inputs["labels"]))
+        return loss, None, None
+
+    def _own_share(self, num_rows: int) -> float:
+        """Of this process's batch, the share of rows that no other counts: where there are not enough for all
+        processes, accelerate fills the last batches with the first rows."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder < 1:
+            return 1.0
+        own = state.remainder - self.args.process_index * num_rows
+        return min(max(own, 0), num_rows) / num_rows
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """As the Trainer does.
