@@ -416,6 +416,17 @@ def test_a_datasets_folder_gives_the_rows_of_the_json_file(pictures, processor, 
                 assert torch.equal(actual[index][name], value), (source, index, name)
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "rows.arrow", "folder"])
+def test_data_that_the_datasets_library_cannot_read_is_named(name, tmp_path):
+    pytest.importorskip("datasets")
+    source = tmp_path / name
+    damaged = source / "rows.json" if name == "folder" else source
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_bytes(b'{"messages": [\xff')
+    with pytest.raises(ValueError, match=rf"{name} cannot be read by the datasets library: \w+: "):
+        read_rows(source)
+
+
 def test_messages_that_place_no_image_begin_with_all():
     row = {"images": ["a", "b"], "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     messages, _ = read_conversation(row)
@@ -527,6 +538,17 @@ def test_features_of_a_llava_as_it_is_are_those_of_its_dpvr(cached, pictures, tm
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(feature_cache.CacheError, match="earlier version, which did not note their config"):
         feature_cache.cache_features(folder, model, data)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"fingerprint": ', '{"fingerprint": {}, "num_rows": 1}', "5"])
+def test_a_damaged_index_is_named(cached, content):
+    model, data, folder = cached
+    folder.mkdir()
+    (folder / "index.json").write_text(content)
+    with pytest.raises(feature_cache.CacheError, match=r"index.json is damaged: .* delete this one"):
+        feature_cache.cache_features(folder, model, data)
+    with pytest.raises(feature_cache.CacheError, match=r"index.json is damaged: .* delete this one"):
+        feature_cache.CachedFeatures(folder)
 
 
 def test_a_full_disk_leaves_no_half_shard_and_the_next_run_goes_on(cached, monkeypatch):
@@ -850,6 +872,21 @@ def test_a_run_goes_on_with_its_own_options_alone(embedded, pictures, tmp_path, 
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "new", *given, "--max_steps", 1)) == 0
     shutil.copytree(tmp_path / "new" / "checkpoint-1", output / "checkpoint-1")
     assert resume("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "kept"), [(TRAINED_WEIGHTS, 100), ("optimizer.pt", 100), ("optimizer.pt", 0), ("rng_state.pth", 100)]
+)
+def test_a_checkpoint_that_is_damaged_is_named(embedded, pictures, tmp_path, capsys, file, kept):
+    options = ("--save_steps", 1, "--max_steps")
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options, 2)) == 0
+    damaged = tmp_path / "out" / "checkpoint-2" / file
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    resumed = train(embedded, pictures, tmp_path / "out", *options, 3, "--resume")
+    assert train_side_branch.main(resumed) == 1
+    assert re.search(r"error: \S*checkpoint-2 is damaged: .+ Delete that folder", capsys.readouterr().err)
+    shutil.rmtree(damaged.parent)
+    assert train_side_branch.main(resumed) == 0
 
 
 def test_a_card_that_somebody_wrote_stays_and_one_that_training_wrote_is_made_anew(

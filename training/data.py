@@ -93,17 +93,27 @@ def read_rows(source: Path):
 
 
 def read_datasets(source: Path, split: str = "train"):
-    """A split of a folder that `datasets` can read, its images undecoded: a broken one is then one bad row."""
+    """A split of a folder that `datasets` can read, its images undecoded: a broken one is then one bad row.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     from datasets import Image as ImageFeature
     from datasets import List, load_dataset, load_from_disk
 
     is_saved = (source / "state.json").is_file() or (source / "dataset_dict.json").is_file()
-    if is_saved:
-        rows = load_from_disk(str(source))
-    elif source.is_dir():
-        rows = load_dataset(str(source))
-    else:
-        rows = load_dataset(source.suffix.lstrip("."), data_files=str(source))
+    try:
+        if is_saved:
+            rows = load_from_disk(str(source))
+        elif source.is_dir():
+            rows = load_dataset(str(source))
+        else:
+            rows = load_dataset(source.suffix.lstrip("."), data_files=str(source))
+    except Exception as error:  # of pyarrow, pandas, fsspec: they have no common class
+        cause = error.__cause__ or error  # that of `datasets` itself says only that there was one
+        raise ValueError(
+            f"{source} cannot be read by the datasets library: {type(cause).__name__}: {cause}"
+        ) from error
     if isinstance(rows, dict):
         rows = rows[split] if split in rows else next(iter(rows.values()))
     for name, feature in rows.features.items():

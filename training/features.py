@@ -160,7 +160,7 @@ def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int
     """
     path = folder / INDEX
     if path.exists():
-        index = json.loads(path.read_text())
+        index = read_index(folder)
         for name, value in expected.items():
             if name not in index["fingerprint"]:
                 raise CacheError(
@@ -192,6 +192,25 @@ def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int
         )
     if not path.exists():
         write_whole(path, (json.dumps(index, indent=2) + "\n").encode())
+    return index
+
+
+def read_index(folder: Path) -> dict:
+    """
+    Raises:
+        CacheError: it is broken.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text())
+        is_whole = isinstance(index["fingerprint"], dict) and index["num_rows"] > 0 and index["rows_per_shard"] > 0
+    except (ValueError, TypeError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise CacheError(
+            f"{path} is damaged: it does not say what the features beside it were made from. Give another folder, or "
+            "delete this one: the same command computes it anew."
+        )
     return index
 
 
@@ -353,7 +372,7 @@ class CachedFeatures(Dataset):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index = json.loads((self.folder / INDEX).read_text())
+        index = read_index(self.folder)
         self.paths = [shard_path(self.folder, shard) for shard in range(num_shards(index))]
         missing = [path.name for path in self.paths if not path.exists()]
         if missing:

@@ -2,7 +2,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Transformers' Trainer for a model of which a few percent train: its checkpoints hold these, not the whole model."""
 
+import contextlib
 import json
+import pickle
 import time
 from pathlib import Path
 
@@ -56,6 +58,25 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(finished)[1] if finished else None
 
 
+@contextlib.contextmanager
+def as_damaged(checkpoint: str | Path):
+    """What comes of reading a file of a checkpoint that was cut off, as a sentence.
+
+    Raises:
+        ValueError
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the file
+        raise
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{checkpoint} is damaged: {reason}. Delete that folder: --resume then goes on from the checkpoint before "
+            "it, if there is one."
+        ) from error
+
+
 def check_facts(checkpoint: str | Path, facts: dict[str, str]) -> None:
     """Compares what a checkpoint states of its run, as far as it does, with this run's.
 
@@ -63,7 +84,7 @@ def check_facts(checkpoint: str | Path, facts: dict[str, str]) -> None:
         ValueError: naming the first that differs and both values.
     """
     path = Path(checkpoint, TRAINED_WEIGHTS)
-    with safe_open(path, framework="pt") as file:
+    with as_damaged(checkpoint), safe_open(path, framework="pt") as file:
         stated = file.metadata() or {}
     for name, value in facts.items():
         if stated.get(name, value) != value:
@@ -192,7 +213,7 @@ class SideBranchTrainer(Trainer):
         """Returns what the checkpoint states."""
         path = Path(checkpoint, TRAINED_WEIGHTS)
         expected = trainable(model or self.model)
-        with safe_open(path, framework="pt") as file:
+        with as_damaged(checkpoint), safe_open(path, framework="pt") as file:
             stored = set(file.keys())
             if stored != set(expected):
                 differing = sorted(stored ^ set(expected))
@@ -220,6 +241,14 @@ class SideBranchTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_trained(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with as_damaged(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with as_damaged(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
