@@ -153,6 +153,11 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
             parser.error(f"--{name} {why}")
     if (training_arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         parser.error("--gradient_checkpointing_kwargs: use_reentrant needs inputs that train; leave it out")
+    if training_arguments.n_gpu > 1:  # the Trainer would spread each batch by torch's DataParallel
+        parser.error(
+            f"one process would train on {training_arguments.n_gpu} GPUs: use torchrun --nproc-per-node "
+            f"{training_arguments.n_gpu} in the place of python, or let CUDA_VISIBLE_DEVICES name one"
+        )
     if training_arguments.fp16 and training_arguments.device.type == "cpu":
         parser.error("--fp16 needs a GPU: pass --bf16, or neither")
     return options, training_arguments

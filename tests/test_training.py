@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import make_llava
 from tiny_training import gradients, shared_model, staged, training_batch
-from transformers import AutoModel, AutoProcessor, Trainer
+from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -146,6 +146,15 @@ def test_the_answer_loss_is_that_of_the_model_itself():
     model, batch = staged("answer"), training_batch()
     expected = model.base(**batch).loss
     assert model(**batch)["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_image_tokens_without_pictures_are_refused():
+    model, batch = staged(), training_batch()
+    del batch["pixel_values"]
+    with pytest.raises(ValueError, match=r"tell of image tokens \(by row: \[.+\]\), but no pixel_values came"):
+        model(**batch)
+    batch["mm_token_type_ids"].zero_()
+    model(**batch)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -756,6 +765,11 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
             train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options))
         assert status.value.code == 2
         assert why in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingArguments, "n_gpu", 2)
+        with pytest.raises(SystemExit):
+            train_side_branch.main(train(embedded, pictures, tmp_path / "out"))
+    assert "one process would train on 2 GPUs: use torchrun --nproc-per-node 2" in capsys.readouterr().err
     given = train(embedded, pictures, tmp_path / "out", "--eval-rows", 2)
     for options, strategy in (([], "steps"), (["--eval_strategy=epoch"], "epoch"), (["--eval_strategy", "no"], "no")):
         assert train_side_branch.parse_args([*given, *options])[1].eval_strategy == strategy

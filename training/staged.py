@@ -195,6 +195,11 @@ class StagedModel(nn.Module):
         )
         image_features = None
         if pixel_values is None:
+            if mm_token_type_ids is not None and is_vision.any():  # as the model itself has it
+                raise ValueError(
+                    f"mm_token_type_ids tell of image tokens (by row: {is_vision.sum(-1).tolist()}), but no "
+                    "pixel_values came with them. Pass these too, or for text mm_token_type_ids of zeros."
+                )
             is_vision = torch.zeros_like(is_vision)
             if self.is_sharded:  # every process must ask for the shards of the tower, or the others wait for ever
                 size = core.config.vision_config.image_size
