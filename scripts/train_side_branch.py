@@ -222,13 +222,16 @@ def make_datasets(options, processor, fresh: bool) -> tuple[Dataset, Dataset | N
     return train, evaluation
 
 
-def trained_parts(options: argparse.Namespace, num_side_layers: int) -> str:
-    parts = ["side branch"] if num_side_layers else []
+def trained_parts(options: argparse.Namespace, model: StagedModel) -> str:
+    parts = ["side branch"] if model.config.num_side_layers else []
     if options.whole_fusion:
         parts.append("fusion layer")
     elif options.lora or options.peft_config:
-        parts.append("LoRA")
-    return " and ".join(parts)
+        config = model.model.active_peft_config
+        parts.append("LoRA" if config.peft_type == "LORA" else config.peft_type.value)
+        parts += sorted(set(config.modules_to_save or ()) - {"side_branch"})
+    *others, last = parts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def facts_of(options: argparse.Namespace, arguments: TrainingArguments, data: ConversationDataset) -> dict[str, str]:
@@ -267,7 +270,8 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data) -> di
         "rows": data.num_rows(),
         "bad_rows": data.bad_rows.summary().split(", listed")[0],
         "loss": options.loss,
-        "trains": trained_parts(options, model.config.num_side_layers),
+        "trains": trained_parts(options, model),
+        "peft_type": model.model.active_peft_config.peft_type.value,
         "saturation_layer": model.config.saturation_layer,
         "num_side_layers": model.config.num_side_layers,
         "num_fusion_layers": model.config.num_fusion_layers,

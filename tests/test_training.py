@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from hypothesis import given, settings
+from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import make_llava
@@ -980,6 +981,25 @@ def test_a_llava_as_it_is_and_any_peft_config_train(pictures, tmp_path):
     assert (record["base_type"], record["base_model"], record["saturation_layer"]) == ("llava", "tiny-llava", 3)
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 3
     assert str(tmp_path) not in (output / "training.json").read_text() + (output / "adapter_config.json").read_text()
+
+
+def test_a_card_names_what_else_trained_and_loads_it_though_it_cannot_be_merged(pictures, tmp_path, monkeypatch):
+    from peft import IA3Config
+
+    places = {"target_modules": r".*language_model\.layers\.7\.mlp\.down_proj", "modules_to_save": ["linear_2"]}
+    IA3Config(feedforward_modules=places["target_modules"], **places).save_pretrained(tmp_path / "ia3")
+    options = ("--saturation-layer", 4, "--peft-config", tmp_path / "ia3", "--max_steps", 1)
+    llava, output = ROOT / "examples" / "tiny-llava", tmp_path / "adapter"
+    assert train_side_branch.main(train(llava, pictures, output, *options)) == 0
+    card = (output / "README.md").read_text()
+    assert "A trained side branch, IA3 and linear_2 of DPVR-LF" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("tiny-llava", str(llava)), names)
+    assert names["model"].base_model.config.saturation_layer == 4
+    loaded = {name: weight.float() for name, weight in get_peft_model_state_dict(names["model"]).items()}
+    assert_same(loaded, load_file(output / "adapter_model.safetensors"), 1e-3)  # the base is in half precision
 
 
 def test_two_processes_train_a_layer_that_a_batch_without_an_image_does_not_use(embedded, pictures, tmp_path):

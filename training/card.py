@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from benchmarks.tables import markdown
 
 RUN_FILE, CARD_FILE, PLOT_FILE = "training.json", "README.md", "loss.png"
+MERGED = ("LORA", "LN_TUNING")  # what `from_llava` merges for sure; PEFT cannot merge IA3 beside a side branch
 LICENSE = ("license", "license_name", "license_link")
 
 CARD = """\
@@ -57,6 +58,17 @@ processor = processor_from_llava("{base}")
 ```
 """
 
+LOAD_BESIDE_LLAVA = """\
+With the code of the DPVR repository, straight on the LLaVA checkpoint, without a conversion:
+
+```python
+from training.adapters import from_llava, load_adapter, processor_from_llava
+
+model = load_adapter(from_llava("{base}", saturation_layer={saturation_layer}), "{name}"{subfolder})
+processor = processor_from_llava("{base}")
+```
+"""
+
 LOAD_CHECKPOINT = """\
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -96,10 +108,10 @@ def make_card(
 
     Args:
         run: `training.json` of the run. Used where it has them: `base_model`, `base_type` (`"dpvr"` or `"llava"`),
-            `saturation_layer`, `num_side_layers`, `data`, `rows`, `bad_rows`, `loss`, `trains`, `parameters`,
-            `trainable_parameters`, `hyperparameters`, `training_seconds`, `versions`, `command`, `license`,
-            `license_name`, `license_link`, `loss_curve`, `eval_loss_curve` and `held_out` (`{model: {kind of question:
-            {"questions", "accuracy", "wilson_95"}}}`).
+            `saturation_layer`, `num_side_layers`, `data`, `rows`, `bad_rows`, `loss`, `trains`, `peft_type`,
+            `parameters`, `trainable_parameters`, `hyperparameters`, `training_seconds`, `versions`, `command`,
+            `license`, `license_name`, `license_link`, `loss_curve`, `eval_loss_curve` and `held_out` (`{model: {kind
+            of question: {"questions", "accuracy", "wilson_95"}}}`).
         name: Hub id, or folder.
         is_adapter: whether it is an adapter; a whole checkpoint otherwise.
         subfolder: of the repository, where the adapter lies.
@@ -153,10 +165,14 @@ def has_own_card(folder: Path) -> bool:
 def _load(run: dict, base: str, name: str, is_adapter: bool, subfolder: str | None) -> str:
     if not is_adapter:
         return LOAD_CHECKPOINT.format(name=name)
+    inside = f', subfolder="{subfolder}"' if subfolder else ""
+    if run.get("base_type") == "llava" and run.get("peft_type", "LORA") not in MERGED:
+        layer = run.get("saturation_layer")
+        return LOAD_BESIDE_LLAVA.format(base=base, name=name, saturation_layer=layer, subfolder=inside)
     if run.get("base_type") == "llava":
         kwargs = f', adapter_kwargs={{"subfolder": "{subfolder}"}}' if subfolder else ""
         return LOAD_ON_LLAVA.format(base=base, name=name, adapter_kwargs=kwargs)
-    return LOAD_ADAPTER.format(base=base, name=name, subfolder=f', subfolder="{subfolder}"' if subfolder else "")
+    return LOAD_ADAPTER.format(base=base, name=name, subfolder=inside)
 
 
 def _facts(run: dict) -> list[list[str]]:
