@@ -371,6 +371,18 @@ def test_bad_rows_are_listed_with_their_reasons_and_good_ones_stand_in(pictures,
     assert data.num_rows() == len(rows) - len(BAD)
 
 
+def test_processes_that_load_data_list_a_bad_row_once(pictures, processor, tmp_path):
+    (pictures / "broken.png").write_bytes(b"no image")
+    rows = [bad_row(image="broken.png"), *json.loads((pictures / "good.json").read_text())]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = open_data(tmp_path / "rows.json", pictures, processor, tmp_path / "bad.jsonl")
+    for _ in range(3):  # epochs, each with a worker that knows what this process knew
+        list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=1))
+    data[0]
+    assert [json.loads(line)["row"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [0]
+    assert data.bad_rows.seen == {0}
+
+
 def test_a_row_that_cannot_even_be_read_is_a_bad_row(pictures, processor, tmp_path):
     class Rows(list):  # as parquet with a broken page
         def __getitem__(self, number):

@@ -287,10 +287,24 @@ class BadRows:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             self.path.unlink(missing_ok=True)
-        self.seen = set(self.reasons())
+        self.seen, self.end = set(), 0
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Takes note of the lines that other processes have added, such as those that load data."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.end)
+            added = file.read()
+        whole = added[: added.rfind(b"\n") + 1]
+        self.end += len(whole)
+        self.seen |= {line["row"] for line in self._parse(whole.decode(errors="replace"))}
 
     def add(self, number: int, rows, error: BadRowError) -> None:
         """Row `number` of `rows`, which may be so broken that it cannot be read again."""
+        if number not in self.seen:
+            self._catch_up()
         if number in self.seen:
             return
         self.seen.add(number)
@@ -312,10 +326,14 @@ class BadRows:
 
     def lines(self) -> list[dict]:
         """What the file holds, but for lines that a full disk or a kill has cut off."""
+        return self._parse(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
+
+    @staticmethod
+    def _parse(text: str) -> list[dict]:
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+                lines.append(json.loads(line))
         return [line for line in lines if isinstance(line, dict) and "row" in line]
 
     def reasons(self) -> dict[int, str]:
