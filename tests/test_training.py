@@ -324,6 +324,7 @@ def bad_row(**changes):
     return {**row, **changes}
 
 
+TURNS = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
 BAD = {
     "missing image": bad_row(image="none.png"),
     "corrupt image": bad_row(image="broken.png"),
@@ -406,6 +407,17 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(processor, monkey
         encode(processor, messages, [], 1024)
 
 
+def test_a_row_that_its_images_make_too_long_is_called_so(processor):
+    messages, _ = read_conversation({"images": ["a"] * 2, **TURNS})
+    pictures = [Image.new("RGB", (48, 31))] * 2
+    length = len(encode(processor, messages, pictures, 1024)["input_ids"])
+    short = copy.deepcopy(processor)
+    short.tokenizer.model_max_length = length - 1
+    with pytest.raises(BadRowError, match=f"^too long: {length} tokens, more than {length - 1}$"):
+        encode(short, messages, pictures, length - 1)
+    assert len(encode(processor, messages, pictures, length)["input_ids"]) == length
+
+
 def test_data_without_a_good_row_is_refused_with_the_reasons(pictures, processor, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([BAD["empty answer"]]))
     with pytest.raises(ValueError, match=r"None of 1 rows .* 1 bad rows \(1 empty answer\)"):
@@ -450,7 +462,7 @@ def test_data_that_the_datasets_library_cannot_read_is_named(name, tmp_path):
 
 
 def test_messages_that_place_no_image_begin_with_all():
-    row = {"images": ["a", "b"], "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    row = {"images": ["a", "b"], **copy.deepcopy(TURNS)}
     messages, _ = read_conversation(row)
     assert [part["type"] for part in messages[0]["content"]] == ["image", "image", "text"]
     row["messages"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "x"}]

@@ -246,8 +246,12 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
     # One token for each image, as yet
     short = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begins)
     is_answer = torch.tensor([any(a <= i and j <= b and i < j for a, b in spans) for i, j in short["offset_mapping"]])
-    if len(is_answer) > max_length:
-        raise BadRowError("too long", f"{len(is_answer)} tokens without those of images, more than {max_length}")
+    length = len(is_answer)
+    if images:
+        heights_and_widths = [image.size[::-1] for image in images]
+        length += sum(processor._get_num_multimodal_tokens(heights_and_widths)["num_image_tokens"]) - len(images)
+    if length > max_length:  # before the processor has more than the context to say of it
+        raise BadRowError("too long", f"{length} tokens, more than {max_length}")
     try:
         encoded = processor(images=images or None, text=text, return_tensors="pt", add_special_tokens=not begins)
     except ValueError as error:
@@ -261,8 +265,6 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
         raise BadRowError(
             "template", f"{len(row['input_ids'])} tokens, but their places in the text give {len(is_answer)}"
         )
-    if len(is_answer) > max_length:
-        raise BadRowError("too long", f"{len(is_answer)} tokens, more than {max_length}")
     row["labels"] = torch.where(is_answer, row["input_ids"], IGNORED)
     if images:
         row["pixel_values"] = encoded["pixel_values"]
