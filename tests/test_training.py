@@ -342,10 +342,12 @@ BAD = {
         "images": ["1.png"],
         "messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "a"}],
     },
+    "no conversation        ": {"messages": [{"role": "system", "content": "x"}, *[TURNS["messages"][1]] * 2]},
     "missing image ": bad_row(image="data:image/png;base64," + "A" * 9999),
     "missing image  ": bad_row(image="half a pair \ud83d.png"),
     "malformed": bad_row(conversations=[{"from": "human", "value": "<image> \ud83d"}, {"from": "gpt", "value": "a"}]),
     "corrupt image ": bad_row(image=5),
+    "corrupt image  ": bad_row(image=[None]),
     "too long": bad_row(conversations=[{"from": "human", "value": "<image> b"}, {"from": "gpt", "value": "a " * 999}]),
 }
 
@@ -360,12 +362,17 @@ def test_bad_rows_are_listed_with_their_reasons_and_good_ones_stand_in(pictures,
         assert [data[index]["input_ids"].tolist() for index in range(len(data))] == [
             row["input_ids"].tolist() for row in loaded
         ]
-    assert len(list(data)) == len(data) == len(rows) - 14  # four were found out only when they were loaded
+    assert len(list(data)) == len(data) == len(rows) - 15  # five were found out only when they were loaded
     reported = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {line["row"]: line["reason"] for line in reported} == dict(enumerate(key.strip() for key in BAD))
     assert len(reported) == len(BAD)
     assert all(len(line["detail"]) <= 500 for line in reported)
-    assert "18 bad rows (8 no conversation, 3 missing image" in data.bad_rows.summary()
+    details = {line["row"]: line["detail"] for line in reported}
+    assert [details[list(BAD).index("corrupt image" + tail)] for tail in (" ", "  ")] == [
+        "is no picture: int",
+        "is no picture: NoneType",
+    ]
+    assert "20 bad rows (9 no conversation, 3 missing image" in data.bad_rows.summary()
     with (tmp_path / "bad.jsonl").open("a") as file:
         file.write('{"row": 99, "rea')  # as a full disk leaves it
     assert len(BadRows(tmp_path / "bad.jsonl", fresh=False).reasons()) == len(BAD)
@@ -459,6 +466,32 @@ def test_data_that_the_datasets_library_cannot_read_is_named(name, tmp_path):
     damaged.write_bytes(b'{"messages": [\xff')
     with pytest.raises(ValueError, match=rf"{name} cannot be read by the datasets library: \w+: "):
         read_rows(source)
+
+
+def test_data_without_rows_is_called_empty(tmp_path):
+    for name, text in (("rows.json", "[]"), ("rows.jsonl", "\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} is empty: it holds no rows"):
+            read_rows(tmp_path / name)
+
+
+def test_a_split_that_is_not_for_training_is_named(tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({name: [turns] for name, turns in TURNS.items()})
+    datasets.DatasetDict(test=split).save_to_disk(tmp_path / "one")
+    assert read_rows(tmp_path / "one")[0]["messages"] == TURNS["messages"]
+    assert "one has no split 'train'; its rows are those of 'test'" in capsys.readouterr().out
+    datasets.DatasetDict(test=split, validation=split).save_to_disk(tmp_path / "two")
+    with pytest.raises(ValueError, match="two has the splits test, validation, and no train: give the folder or file"):
+        read_rows(tmp_path / "two")
+
+
+def test_an_answer_before_the_first_question_is_left_out():
+    system, answer = {"role": "system", "content": "s"}, {"role": "assistant", "content": "hello"}
+    for start in ([], [system]):
+        messages, _ = read_conversation({"images": ["a"], "messages": [*start, answer, *TURNS["messages"]]})
+        assert [message["role"] for message in messages] == [*(["system"] if start else []), "user", "assistant"]
+        assert [part["type"] for part in messages[-2]["content"]] == ["image", "text"]
 
 
 def test_messages_that_place_no_image_begin_with_all():

@@ -75,11 +75,18 @@ def read_rows(source: Path):
     `datasets` library: anything with a length whose items are dictionaries.
 
     Raises:
-        ValueError: the file does not hold a list of rows.
+        ValueError: the file does not hold a list of rows, or holds none.
     """
     source = Path(source)
     if not source.exists():
         raise ValueError(f"{source} does not exist.")
+    rows = _read_rows(source)
+    if not len(rows):
+        raise ValueError(f"{source} is empty: it holds no rows.")
+    return rows
+
+
+def _read_rows(source: Path):
     if source.is_dir() or source.suffix in (".parquet", ".arrow", ".csv"):
         return read_datasets(source)
     try:
@@ -93,10 +100,11 @@ def read_rows(source: Path):
 
 
 def read_datasets(source: Path, split: str = "train"):
-    """A split of a folder that `datasets` can read, its images undecoded: a broken one is then one bad row.
+    """A split of a folder that `datasets` can read, or the only one that there is, its images undecoded: a broken one
+    is then one bad row.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or has several splits but not this one.
     """
     from datasets import Image as ImageFeature
     from datasets import List, load_dataset, load_from_disk
@@ -115,7 +123,15 @@ def read_datasets(source: Path, split: str = "train"):
             f"{source} cannot be read by the datasets library: {type(cause).__name__}: {cause}"
         ) from error
     if isinstance(rows, dict):
-        rows = rows[split] if split in rows else next(iter(rows.values()))
+        if split not in rows:
+            names = list(rows)
+            if len(names) != 1:
+                raise ValueError(
+                    f"{source} has the splits {', '.join(names)}, and no {split}: give the folder or file of one."
+                )
+            print(f"{source} has no split {split!r}; its rows are those of {names[0]!r}", flush=True)
+            split = names[0]
+        rows = rows[split]
     for name, feature in rows.features.items():
         if isinstance(feature, ImageFeature):
             rows = rows.cast_column(name, ImageFeature(decode=False))
@@ -137,10 +153,11 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
     if not isinstance(turns, list) or not turns:
         raise BadRowError("no conversation", "neither `conversations` nor `messages` holds a list of turns")
     messages = [read_turn(turn, number) for number, turn in enumerate(turns)]
-    if messages[0]["role"] == "assistant":  # as in LLaVA: a conversation begins with the human
-        messages = messages[1:]
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+    if messages[first]["role"] == "assistant":  # as in LLaVA: a conversation begins with the human
+        del messages[first]
     answers = [message["content"][-1]["text"] for message in messages if message["role"] == "assistant"]
-    if not answers or messages[0]["role"] == "assistant":
+    if not answers or messages[first]["role"] == "assistant":
         raise BadRowError("no conversation", "no question that is followed by an answer")
     if not all(answers):
         raise BadRowError("empty answer", f"answer {answers.index('')} has no text")
@@ -148,10 +165,7 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
     images = images if isinstance(images, list) else [images]
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if images and not parts and "messages" in row:  # TRL's convention: unplaced images open the conversation
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is None:
-            raise BadRowError("no conversation", "images, but no turn of the user")
-        first["content"][:0] = [{"type": "image"} for _ in images]
+        messages[first]["content"][:0] = [{"type": "image"} for _ in images]
     elif len(parts) != len(images):
         raise BadRowError("image count", f"{len(parts)} {IMAGE} in the conversation, {len(images)} images")
     return messages, images
@@ -197,6 +211,8 @@ def open_image(image, folder: Path) -> Image.Image:
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, str) and not os.path.isfile(folder / image):
         raise BadRowError("missing image", str(image))
+    if not isinstance(image, str | bytes | Image.Image):
+        raise BadRowError("corrupt image", f"is no picture: {type(image).__name__}")
     with as_bad_row("corrupt image"):  # codecs fail in ways that have no common class
         if isinstance(image, str):
             image = folder / image
