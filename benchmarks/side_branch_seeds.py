@@ -42,6 +42,7 @@ import digits as task
 
 from benchmarks.tables import markdown
 from convert_llava_to_dpvr import convert
+from read_weights import ConversionError
 from scripts.analyze_saturation import fingerprint
 from scripts.train_tiny_llava import (
     LONG_BATCH,
@@ -353,6 +354,8 @@ def main() -> None:
         try:
             for saturation_layer in args.saturation_layers:
                 measure(saturation_layer, args, record, folder)
+        except ConversionError as error:  # a layer that the model does not have
+            raise SystemExit(f"error: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     entries = summarize(record)

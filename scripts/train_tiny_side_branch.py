@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
+from read_weights import ConversionError
 from scripts.train_tiny_llava import (
     answer_logits,
     answer_mask,
@@ -40,7 +41,7 @@ from scripts.train_tiny_llava import (
     versions,
     wilson_interval,
 )
-from training.adapters import add_adapter, from_llava, processor_from_llava, save_adapter
+from training.adapters import AdapterError, add_adapter, from_llava, processor_from_llava, save_adapter
 from training.trainer import count_trainable, trainable
 
 
@@ -107,8 +108,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=500, help="evaluated, of each kind (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
-    if args.questions < 1:
-        parser.error(f"--questions must be at least 1, got {args.questions}")
+    for name in ("questions", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     # The directory is replaced as a whole: one that this script did not write must not be lost
     if args.output.exists() and Path(__file__).name not in str(read_record(args.output).get("command")):
         parser.error(f"--output {args.output} exists and holds no training.json of this script")
@@ -155,6 +157,8 @@ def main() -> None:
         save_adapter(adapted, work / "adapter", args.source, dtype=torch.float16)
         (work / "adapter" / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         replace_directory(work / "adapter", args.output)
+    except (AdapterError, ConversionError) as error:  # a source or a layer that cannot be used
+        raise SystemExit(f"error: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"{'':9} {'dense':>22} {'untrained':>22} {'trained':>22}")

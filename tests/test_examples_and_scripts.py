@@ -154,6 +154,22 @@ def test_embedded_models_are_not_trained_into_a_folder_of_something_else(tmp_pat
     assert (tmp_path / "chapter1.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "status", "why"),
+    [
+        ("scripts/train_tiny_side_branch.py", "--steps 0", 2, "--steps must be at least 1, got 0"),
+        ("scripts/train_tiny_side_branch.py", "--saturation-layer 99", 1, "error: saturation_layer=99 must be "),
+        ("benchmarks/side_branch_seeds.py", "--saturation-layers 99", 1, "error: saturation_layer=99 must be "),
+    ],
+)
+def test_steps_and_layers_that_there_are_not_are_refused_with_a_sentence(tmp_path, script, options, status, why):
+    command = [sys.executable, ROOT / script, *options.split(), "--output", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == status
+    assert why in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_training_scripts_run_and_write_what_the_converter_takes(tmp_path):
     llava, adapter = tmp_path / "llava", tmp_path / "adapter"
     steps = ("--tower-steps", 1, "--text-steps", 1, "--steps", 1, "--questions", 1)
