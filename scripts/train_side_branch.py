@@ -318,7 +318,9 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     arguments.ddp_find_unused_parameters = not model.features_frozen
     trainer = SideBranchTrainer(model, arguments, collate, train_dataset=rows, eval_dataset=evaluation, facts=facts)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if evaluation is not None:
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    is_evaluated = evaluated[-1:] == [trainer.state.global_step] and not arguments.load_best_model_at_end
+    if evaluation is not None and not is_evaluated:
         trainer.evaluate()
     record = record_of(options, arguments, trainer, model, data)
     finish(options, trainer, model, record)
