@@ -149,6 +149,16 @@ def test_the_answer_loss_is_that_of_the_model_itself():
     assert model(**batch)["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_a_plan_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    model, batch = staged().eval(), training_batch()
+    features = model.compute_features(**batch)
+    monkeypatch.setattr(StagedModel, "is_sharded", True)
+    monkeypatch.setattr(model.core, "plan_call", lambda *args: [])
+    with pytest.raises(ValueError, match="not enough values"):
+        model.plan_vision(features)
+    assert not model.core.training
+
+
 def test_image_tokens_without_pictures_are_refused():
     model, batch = staged(), training_batch()
     del batch["pixel_values"]

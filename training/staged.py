@@ -261,11 +261,13 @@ class StagedModel(nn.Module):
         """
         core, was_training = self.core, self.core.training
         core.training = was_training or self.is_sharded
-        with torch.set_grad_enabled(torch.is_grad_enabled() or self.is_sharded):
-            call, _, vision, mask = core.plan_call(
-                features.hidden_states, features.is_vision, features.attention_mask, None
-            )
-        core.training = was_training
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() or self.is_sharded):
+                call, _, vision, mask = core.plan_call(
+                    features.hidden_states, features.is_vision, features.attention_mask, None
+                )
+        finally:
+            core.training = was_training
         return call, vision, mask
 
     def can_read(self, layer: nn.Module) -> bool:
