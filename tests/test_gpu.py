@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -265,8 +266,15 @@ def train(rows, output, *options, launcher=()):
     command += [ROOT / "examples" / "tiny-llava", "--saturation-layer", 3]
     command += ["--data", rows, "--output", output, "--max_steps", 4, "--save_steps", 2, "--logging_steps", 1]
     command += ["--learning_rate", 2e-3, "--report_to", "none", *options]
+    one = {} if launcher else {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, cwd=output.parent, timeout=300
+        list(map(str, command)),
+        env={**os.environ, **one},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=output.parent,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (output / "adapter_model.safetensors").exists()
