@@ -137,7 +137,8 @@ def cached_batches(model: StagedModel, batch: dict, args, folder: Path):
     with torch.no_grad():
         rows = [{k: v.cpu() for k, v in row.items()} for row in split_rows(model.compute_features(**batch))]
     write_whole(shard_path(folder, 0), save(pack_rows(rows, dtype, model.config.text_config.hidden_size)))
-    (folder / INDEX).write_text(json.dumps({"num_rows": len(rows), "rows_per_shard": len(rows)}))
+    index = {"fingerprint": {}, "rows_per_shard": len(rows), "num_rows": len(rows)}
+    (folder / INDEX).write_text(json.dumps(index))
     features = CachedFeatures(folder)
     while True:
         read = collate_rows([features[i] for i in range(len(features))])
