@@ -3,26 +3,81 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """`transformers serve`, except that what the processor refuses (a broken image, a wrong prompt) and requests that lack
 something are answered with status 400 and the reason, not 500. Values of a wrong type get 500, as they do there.
+Refused with 400, too: another model than the one named here, whose code would run, and images that are no data: URLs,
+which would be read from this machine's files or from what it can reach.
 
 Takes the arguments of `transformers serve` (`pip install transformers[serving]`). For example:
 
     python scripts/serve.py dpvr-7b --trust-remote-code --port 8000
+
+One more option, --allow-image-urls, lets clients have the server open http:// and https:// addresses, of its own
+network as well, and wait for them: a slow one holds up all requests. Local files stay refused.
 """
 
 import sys
 
 from PIL import UnidentifiedImageError
 from transformers.cli import transformers as command_line
-from transformers.cli.serving import server
+from transformers.cli.serving import server, utils
+
+ALLOW_URLS = "--allow-image-urls"
+image_sources = ["data:image/"]  # what the address of an image may begin with
 
 
-def build_server(*args, **kwargs):
+def pin_model(model_manager) -> None:
+    """Lets no client name another model than the server's: `/load_model` and transcriptions do not compare them."""
+    name_of, served = model_manager.process_model_name, model_manager.force_model
+
+    def process_model_name(model: str) -> str:
+        if name_of(model) != name_of(served):
+            raise ValueError(f"This server has {served!a} only; {model!a} is another model, and is not loaded.")
+        return name_of(model)
+
+    if served is not None:
+        model_manager.process_model_name = process_model_name
+
+
+def check_source(url) -> None:
+    """Refuses what would be read from a file or fetched, and so says nothing of whether it is there."""
+    if not isinstance(url, str) or not url.startswith(tuple(image_sources)):
+        given = f"{url[:40]!a}{'...' * (len(url) > 40)}" if isinstance(url, str) else f"a {type(url).__name__}"
+        raise ValueError(
+            f"An image is given as {given}; this server takes addresses that begin with "
+            f"{' or '.join(image_sources)}. Send the picture itself as a data: URL, data:image/png;base64,..."
+        )
+
+
+def read_messages(*args, **kwargs) -> list[dict]:
+    """The messages of a request, as in `transformers serve`."""
+    messages = read_plain_messages(*args, **kwargs)
+    for part in (part for message in messages for part in message["content"]):
+        if "url" in part:
+            check_source(part["url"])
+    return messages
+
+
+def check_assets(handler) -> None:
+    """Has the images of `/v1/systemone`, which come by another way, checked as well."""
+    validate = handler._validate_request
+
+    def validate_and_check(body: dict):
+        request = validate(body)
+        for asset in request.assets.values():
+            check_source(asset.get("data_base64"))
+        return request
+
+    handler._validate_request = validate_and_check
+
+
+def build_server(model_manager, *args, systemone_handler, **kwargs):
     """The application of `transformers serve`. What the processor says of broken images and wrong prompts is for the
     client to know."""
     from fastapi import Request
     from fastapi.responses import JSONResponse
 
-    app = build_plain_server(*args, **kwargs)
+    pin_model(model_manager)
+    check_assets(systemone_handler)
+    app = build_plain_server(model_manager, *args, systemone_handler=systemone_handler, **kwargs)
 
     async def bad_request(_: Request, error: Exception) -> JSONResponse:
         message = f"the request lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -34,10 +89,15 @@ def build_server(*args, **kwargs):
 
 
 build_plain_server = server.build_server
+read_plain_messages = utils.BaseHandler.get_processor_inputs_from_messages
 
 if __name__ == "__main__":
     if "--help" in sys.argv:
         print(__doc__)
+    if ALLOW_URLS in sys.argv:
+        sys.argv.remove(ALLOW_URLS)
+        image_sources += ["http://", "https://"]
     server.build_server = build_server
+    utils.BaseHandler.get_processor_inputs_from_messages = staticmethod(read_messages)
     sys.argv.insert(1, "serve")
     command_line.main()

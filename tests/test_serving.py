@@ -152,6 +152,57 @@ def test_a_broken_image_gets_a_client_error_and_the_next_request_is_answered(ser
     assert ask(server, data_url(picture[0]), QUESTION)[0] == 200
 
 
+def test_no_model_is_loaded_but_the_one_that_is_served(server, folder):
+    """Loading another would run its code. transformers serve does."""
+    root = server[0].removesuffix("/v1/chat/completions")
+    status, body = post(f"{root}/load_model", {"model": str(ROOT / "examples" / "tiny-llava")})
+    assert status == (400 if server[1] else 200), body
+    if server[1]:
+        assert "is another model, and is not loaded" in json.loads(body)["error"]["message"]
+        assert post(f"{root}/load_model", {"model": str(folder / "dpvr")})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "form", ["a file", "no file", "a port", "a private address", "base64", "a number", "a surrogate"]
+)
+def test_an_image_that_is_no_data_url_is_refused_and_nothing_is_read_or_fetched(server, picture, folder, form):
+    if not server[1]:
+        pytest.skip("transformers serve reads and fetches whatever a client names")
+    (folder / "picture.png").write_bytes(picture[0])
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # answers nobody
+        image = {
+            "a file": str(folder / "picture.png"),
+            "no file": str(folder / "none.png"),
+            "a port": f"http://127.0.0.1:{listener.getsockname()[1]}/x.png",
+            "a private address": "http://10.0.0.1/x.png",
+            "base64": base64.b64encode(picture[0]).decode(),
+            "a number": 3,
+            "a surrogate": "\ud800",
+        }[form]
+        status, body = ask(server, image, QUESTION)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    message = json.loads(body)["error"]["message"]
+    assert status == 400
+    assert "this server takes addresses that begin with data:image/. Send the picture itself as a data: URL" in message
+    decision = {"state": "x", "questions": {"q": {"type": "noul", "instructions": "x"}}}
+    url = server[0].replace("chat/completions", "systemone")
+    if isinstance(image, str):
+        status, body = post(url, {**decision, "assets": {"x": {"data_base64": image}}})
+        assert (status, json.loads(body)["error"]["message"]) == (400, message)
+
+
+def test_addresses_of_images_are_let_through_where_that_is_asked_for_and_files_never(monkeypatch):
+    from scripts import serve
+
+    monkeypatch.setattr(serve, "image_sources", [*serve.image_sources, "http://", "https://"])
+    serve.check_source("https://example.com/x.png")
+    for url in ("/x.png", "file:///x.png", "x.png"):
+        with pytest.raises(ValueError, match="begin with data:image/ or http:// or https://"):
+            serve.check_source(url)
+
+
 @pytest.mark.parametrize(
     "messages", [None, [{"content": "hi"}], [{"role": "user", "content": [{"type": "image_url"}]}]]
 )
