@@ -160,6 +160,23 @@ def _read_image(image, name: str, max_pixels: int, input_data_format=None):
     return image
 
 
+def _width_and_height(size) -> tuple[int, int]:
+    size = get_size_dict(size)
+    return size.get("width", 0), size.get("height", 0)
+
+
+def _resized(width: int, height: int, size) -> tuple[int, int]:
+    """The size that LLaVA's image processor gives an image; none where `size` is none that it knows."""
+    size = get_size_dict(size, default_to_square=False)
+    if edge := size.get("shortest_edge"):
+        scale = min(edge / min(width, height), (size.get("longest_edge") or float("inf")) / max(width, height))
+    elif size.get("max_height") and size.get("max_width"):
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+    else:
+        return _width_and_height(size)
+    return round(width * scale), round(height * scale)
+
+
 def _named(images: list) -> list[tuple[str, object]]:
     """Each image with what messages call it."""
     if not _is_nested(images):
@@ -469,7 +486,7 @@ class DPVRProcessor(LlavaProcessor):
         for name, image in _named(images):
             if do_pad and "float" in str(getattr(image, "dtype", "")):
                 raise ValueError(f"{name} is of {image.dtype}; padding takes uint8. Or set `do_pad=False`.")
-            self._check_pixels(name, image, do_pad, kwargs)
+            self._check_pixels(name, image, kwargs)
         try:
             return super()._process_images(images, **kwargs)
         except (TypeError, ValueError) as error:
@@ -480,19 +497,32 @@ class DPVRProcessor(LlavaProcessor):
                     raise ValueError(f"{name} cannot be processed: {_shorten(str(reason))}") from error
             raise
 
-    def _check_pixels(self, name: str, image, do_pad: bool, options: dict) -> None:
-        """Refuses an image so long and thin that padded or resized it would fill the memory."""
+    def _check_pixels(self, name: str, image, options: dict) -> None:
+        """Refuses an image that would fill the memory as it is, padded to a square, resized or cropped."""
         channels = options.get("input_data_format") or "channels_first"
-        width, height = image.size if is_pil_image(image) else get_image_size(image, channels)[::-1]
-        long, short = max(width, height), min(width, height)
-        size = options.get("size") or self.image_processor.size
-        edge = get_size_dict(size, default_to_square=False).get("shortest_edge")
-        grown = long**2 if do_pad else edge**2 * long // short if edge else 0
-        if max(grown, long * short) > self.max_image_pixels:
-            raise ValueError(
-                f"{name} is {width} x {height} pixels; {'padded to a square' if do_pad else 'resized'} it would have "
-                f"{grown:,}, more than `max_image_pixels` of the processor, {self.max_image_pixels:,}. Cut it."
-            )
+        given = image.size if is_pil_image(image) else get_image_size(image, channels)[::-1]
+        for step, (width, height), remedy in self._steps(given, options):
+            if width * height > self.max_image_pixels:
+                raise ValueError(
+                    f"{name} is {given[0]} x {given[1]} pixels; {step} {width * height:,}, more than "
+                    f"`max_image_pixels` of the processor, {self.max_image_pixels:,}. {remedy}"
+                )
+
+    def _steps(self, size: tuple[int, int], options: dict):
+        """What becomes of an image of a (width, height) in the image processor: step, new size, and what to do about
+        one that is too large, which the size that the vision tower takes never is."""
+        keys = ("do_pad", "do_resize", "size", "do_center_crop", "crop_size")
+        used = {key: getattr(self.image_processor, key) for key in keys}
+        tower = _width_and_height(used["crop_size"])
+        used |= {key: options[key] for key in keys if options.get(key) is not None}
+        yield "that makes", size, "Cut it."
+        if used["do_pad"]:
+            size = (max(size), max(size))
+            yield "padded to a square it would have", size, "Cut it."
+        if used["do_resize"] and (size := _resized(*size, used["size"])) != tower:
+            yield "resized it would have", size, "Cut it, or give a smaller `size`."
+        if used["do_center_crop"] and (size := _width_and_height(used["crop_size"])) != tower:  # pads what is smaller
+            yield "cropped it would have", size, "Give a smaller `crop_size`."
 
     def _check_special_mm_tokens(self, text, text_inputs, modalities):
         try:

@@ -158,6 +158,45 @@ def test_a_bomb_is_refused_before_it_is_decoded_or_padded(monkeypatch, tmp_path)
         PROCESSOR(images=Image.new("L", (400_000, 1)), text="<image>", do_pad=False)
 
 
+TOO_LARGE = {
+    "a square": ({"size": {"shortest_edge": 10_000}}, "resized it would have 100,000,000.* smaller `size`"),
+    "a long side": (
+        {"size": {"shortest_edge": 100_000}, "do_pad": False, "do_center_crop": False},
+        "resized it would have 20,000,000,000, .* 89,478,485",
+    ),
+    "both sides": ({"size": {"height": 60_000, "width": 50_000}}, "resized it would have 3,000,000,000"),
+    "the longest side": (
+        {"size": {"shortest_edge": 10**5, "longest_edge": 15_000}, "do_pad": False},
+        "resized it would have 112,500,000",
+    ),
+    "a box": ({"size": {"max_height": 20_000, "max_width": 15_000}}, "resized it would have 225,000,000"),
+    "a crop": ({"crop_size": {"height": 10_000, "width": 9_000}}, "cropped it would have 90,000,000"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_a_size_that_no_memory_holds_is_refused_before_anything_is_resized(name, monkeypatch, model, usual):
+    options, message = TOO_LARGE[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(LlavaImageProcessorPil, "resize", lambda *_, **__: pytest.fail("resized"))
+        with pytest.raises(ValueError, match=f"^Image 0 of prompt 1 is 8 x 4 pixels; {message}"):
+            PROCESSOR(images=[None, [noise(8, 4)]], text=["a", "<image>"], **options)
+    assert torch.equal(answer(model), usual)
+
+
+def test_sizes_are_foreseen_as_they_come():
+    """The limit is set to what the image processor makes, and to one pixel less."""
+    for size in ({"shortest_edge": 9}, {"shortest_edge": 90, "longest_edge": 50}, {"height": 20, "width": 30}):
+        options = {"size": size, "do_pad": False, "do_center_crop": False, "return_tensors": "pt"}
+        processor = make_processor()
+        pixels = processor(images=noise(8, 4), text="<image>", **options)["pixel_values"].shape[-2:].numel()
+        processor.max_image_pixels = pixels
+        processor(images=noise(8, 4), text="<image>", **options)
+        processor.max_image_pixels = pixels - 1
+        with pytest.raises(ValueError, match=f"resized it would have {pixels:,}, more than"):
+            processor(images=noise(8, 4), text="<image>", **options)
+
+
 def test_the_limit_of_pixels_can_be_raised():
     processor = make_processor()
     processor.max_image_pixels = 50
