@@ -294,7 +294,8 @@ class DPVRProcessor(LlavaProcessor):
         max_image_pixels: An image may have no more, nor may it grow to more where it is padded or resized.
 
     Raises:
-        ValueError: if the tokenizer has no such `image_token`, or the strategy is neither of the two.
+        ValueError: if the tokenizer has no such `image_token`, the strategy is neither of the two, or
+            `max_image_pixels` is no whole number of at least 1.
 
     Example:
 
@@ -320,6 +321,8 @@ class DPVRProcessor(LlavaProcessor):
     ):
         if vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(f"Strategy {vision_feature_select_strategy!r} is unknown; use 'default' or 'full'.")
+        if type(max_image_pixels) is not int or max_image_pixels < 1:
+            raise ValueError(f"max_image_pixels is {max_image_pixels!r}; give a whole number of at least 1.")
         # Without this entry the padding side would not be saved
         tokenizer.padding_side = tokenizer.init_kwargs.setdefault("padding_side", "left")
         super().__init__(

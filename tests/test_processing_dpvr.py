@@ -585,6 +585,12 @@ def test_saved_folder_serves_a_fresh_process_and_can_be_saved_again(tmp_path):
     assert {name: value.tolist() for name, value in inputs.items()} == {n: v.tolist() for n, v in expected.items()}
 
 
+@pytest.mark.parametrize("value", [None, "abc", 0, -1, True, 1e6])
+def test_a_limit_of_pixels_that_is_none_is_refused_when_the_processor_is_made(value):
+    with pytest.raises(ValueError, match=f"^max_image_pixels is {value!r}; give a whole number of at least 1"):
+        DPVRProcessor(PROCESSOR.image_processor, PROCESSOR.tokenizer, max_image_pixels=value)
+
+
 def test_settings_survive_saving(tmp_path):
     options = {"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
     processor = make_processor(do_pad=False, chat_template="{{ messages }}", **options)
