@@ -87,8 +87,10 @@ def _deal(images: list, counts: list[int]) -> list[list]:
 
 
 def _shorten(text: str, length: int = 300) -> str:
-    """`text` without its middle if it is longer, as a message is that quotes an image in base64."""
-    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+    """`text` without its middle if it is longer, as a message is that quotes an image in base64, and with half a
+    surrogate pair written out, so that the message can be encoded."""
+    text = text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def decode_picture(image, name: str, max_pixels: int = MAX_IMAGE_PIXELS):

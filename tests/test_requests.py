@@ -197,6 +197,13 @@ def test_sizes_are_foreseen_as_they_come():
             processor(images=noise(8, 4), text="<image>", **options)
 
 
+@pytest.mark.parametrize("source", ["\ud800", "a\udc00.png", "http://\ud800/x.png"])
+def test_a_source_with_half_of_a_surrogate_pair_is_refused_with_words_that_can_be_sent(source):
+    with pytest.raises(ValueError, match="Image 0 of prompt 0 cannot be read") as error:
+        PROCESSOR(images=source, text="<image>")
+    assert r"\ud" in str(error.value).encode().decode()
+
+
 def test_the_limit_of_pixels_can_be_raised():
     processor = make_processor()
     processor.max_image_pixels = 50
