@@ -17,7 +17,7 @@ CHAT_TEMPLATE = r"""
 {%- set default_system = "A chat between a curious user and an artificial intelligence assistant. "
     ~ "The assistant gives helpful, detailed, and polite answers to the user's questions." -%}
 {%- for message in messages -%}
-    {%- set turn = namespace(images="", text="") -%}
+    {%- set turn = namespace(images="", text="", index=loop.index0) -%}
     {%- if message.content is string -%}
         {%- set turn.text = message.content -%}
     {%- else -%}
@@ -27,7 +27,8 @@ CHAT_TEMPLATE = r"""
             {%- elif part.type in ("image", "image_url") and message.role == "user" -%}
                 {%- set turn.images = turn.images ~ "<image>\n" -%}
             {%- else -%}
-                {{- raise_exception("A message of role " ~ message.role ~ " cannot hold " ~ part.type ~ ".") -}}
+                {{- raise_exception("Message " ~ turn.index ~ " is of role " ~ message.role ~ " and cannot hold "
+                    ~ part.type ~ ".") -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -260,6 +261,11 @@ def _check_conversations(conversation, typed: str | None) -> None:
             _check_content(message, f"message {index} of conversation {row}", typed)
 
 
+def _is_of_template(error: Exception) -> bool:
+    """Whether an error is one of jinja's, which may not be installed."""
+    return type(error).__module__ == "jinja2.exceptions"
+
+
 def _with_square_padding(image_processor) -> LlavaImageProcessorPil:
     """LLaVA's image processor with the settings of any other; pads to a square unless `do_pad` is set to False.
 
@@ -440,9 +446,21 @@ class DPVRProcessor(LlavaProcessor):
         try:
             return super().apply_chat_template(conversation, *args, **kwargs)
         except Exception as error:
-            if type(error).__module__ != "jinja2.exceptions":
+            if not _is_of_template(error):
                 raise
-            raise ValueError(f"The chat template does not take the conversation: {error}") from error
+            name = self._find_refused(conversation, *args, **kwargs)
+            raise ValueError(f"The chat template does not take {name}: {_shorten(str(error))}") from error
+
+    def _find_refused(self, conversation: list, *args, **kwargs) -> str:
+        """Which of several conversations the chat template does not take."""
+        kwargs |= {"tokenize": False, "return_dict": False, "sanitize_control_tokens": False}
+        for row, messages in enumerate(conversation if isinstance(conversation[0], list) else []):
+            try:
+                super().apply_chat_template(messages, *args, **kwargs)
+            except Exception as error:
+                if _is_of_template(error):
+                    return f"conversation {row}"
+        return "the conversation"
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         if text is not None:

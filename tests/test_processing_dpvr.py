@@ -314,7 +314,10 @@ def test_system_message_replaces_the_default_sentence(system):
         ([{"role": "tool", "content": "x"}], "message 0 is of role tool"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "message 1 is of role system"),
         ([{"role": "user", "content": [{"type": "video"}]}], "Part 0 of message 0 of conversation 0 is of type video"),
-        ([{"role": "assistant", "content": [{"type": "image"}]}], "role assistant cannot hold image"),
+        (
+            [{"role": "assistant", "content": [{"type": "image"}]}],
+            "Message 0 is of role assistant and cannot hold",
+        ),
     ],
 )
 def test_template_refuses_what_llava_has_no_form_for(messages, error):

@@ -448,6 +448,18 @@ def test_a_bad_conversation_is_refused_and_the_pipeline_answers_the_next(name, m
     assert pipe(text=good, **options) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"tokenize": True}, {"tokenize": True, "sanitize_control_tokens": True}])
+def test_of_several_conversations_the_one_that_the_template_does_not_take_is_named(options):
+    good = chat({"type": "text", "text": "a"})
+    for bad, message in (
+        ([*good, {"role": "assistant", "content": [{"type": "image"}]}], "Message 1 is of role assistant and cannot"),
+        ([{"role": "\ud800", "content": "a"}], r"message 0 is of role \\ud800"),
+    ):
+        with pytest.raises(ValueError, match=f"does not take conversation 2: .*{message}") as error:
+            PROCESSOR.apply_chat_template([good, good, bad, good], **options)
+        assert str(error.value).encode()
+
+
 # --------------------------------------------------------------------------------------------------------------- fuzz
 
 
