@@ -517,7 +517,11 @@ class DPVRProcessor(LlavaProcessor):
                 try:
                     super()._process_images([image], **kwargs)
                 except (TypeError, ValueError) as reason:
-                    raise ValueError(f"{name} cannot be processed: {_shorten(str(reason))}") from error
+                    options = _shorten(", ".join(f"{key}={value!r}" for key, value in kwargs.items()))
+                    raise ValueError(
+                        f"{name} cannot be processed with the options {options or 'that are saved'}: "
+                        f"{_shorten(str(reason))}"
+                    ) from error
             raise
 
     def _check_pixels(self, name: str, image, options: dict) -> None:

@@ -197,6 +197,14 @@ def test_sizes_are_foreseen_as_they_come():
             processor(images=noise(8, 4), text="<image>", **options)
 
 
+@pytest.mark.parametrize("options", [{"return_tensors": "zz"}, {"size": {"shortest_edge": 0}}])
+def test_options_that_no_image_can_be_processed_with_are_named(options):
+    (name, value), *_ = options.items()
+    message = f"Image 0 of prompt 0 cannot be processed with the options .*{name}={value!r}"
+    with pytest.raises(ValueError, match=message.replace("{", r"\{")):
+        PROCESSOR(images=[GOOD], text="<image>", **options)
+
+
 @pytest.mark.parametrize("source", ["\ud800", "a\udc00.png", "http://\ud800/x.png"])
 def test_a_source_with_half_of_a_surrogate_pair_is_refused_with_words_that_can_be_sent(source):
     with pytest.raises(ValueError, match="Image 0 of prompt 0 cannot be read") as error:
