@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.checksums import write_checksums
 from scripts.publish import PublishError, explain, open_repository, publish
-from training.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
+from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, is_hub_id, make_card, plot_losses, read_run
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)

@@ -306,6 +306,21 @@ def test_a_failed_upload_says_so_and_publishes_nothing(pushed, label, repo, word
     assert all(not files for _, files in hub.commits.get(repo, []))
 
 
+def test_a_checkpoint_is_pushed_where_peft_is_not_installed(folders, tmp_path):
+    program = """
+    import sys
+    sys.modules["peft"] = None
+    sys.path.insert(0, sys.argv[1])
+    from scripts import push_to_hub
+    push_to_hub.open_repository = lambda repo, *_: (None, repo)
+    push_to_hub.publish = lambda api, repo, files, message: f"{len(files)} files"
+    sys.exit(push_to_hub.main([sys.argv[2], "org/x"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), ROOT, folders / "dpvr"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders, tmp_path, capsys):
     from scripts.push_to_hub import main
 

@@ -50,7 +50,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -60,19 +59,16 @@ from convert_llava_to_dpvr import make_dpvr_config
 from processing_dpvr import DPVRProcessor
 from read_llava import convert_processor
 from side_branch_weights import SAMPLE_SIZE, branch_name, describe, find_mismatch, make_sample
+from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import RUN_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = "adapter_config.json", "adapter_model.safetensors", "side_branch.safetensors"
+PLAIN_FILE = "side_branch.safetensors"
 # Regular expressions, because names that are listed match by their end and would hit the decoder's layers too
 BRANCH_LEAVES = r"(.*\.)?side_branch\.layers\.\d+\.(.+\.)?\w*(proj|norm)"
 FUSION_PROJECTIONS = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w+_proj"
 FUSION_LEAVES = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w*(proj|norm)"
 BRANCH = r"(.*\.)?side_branch(\..*)?"
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read or does not fit the model; the message says what and why."""
 
 
 # ---------------------------------------------------------------------------------------------- what is trained
@@ -288,16 +284,6 @@ def check_trained_for(path: Path, stated: dict[str, str], base: PreTrainedModel)
     name = base.name_or_path or "the model"
     if mismatch := find_mismatch(path, stated, base.config, sample_base(base), name):
         raise AdapterError(mismatch)
-
-
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Metadata and shapes of a safetensors file, without its weights."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            return file.metadata() or {}, shapes
-    except SafetensorError as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- files
