@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -59,6 +59,20 @@ def _check_checkpoint(folder: Path) -> None:
         read_header(folder / name)
 
 
+def read_subfolder(given: str | None) -> str | None:
+    """A folder of a repository as the Hub writes it, a/b, or None for its root, which has many names.
+
+    Raises:
+        AdapterError: it leads out of the repository.
+    """
+    path = PurePosixPath((given or "").strip("/"))
+    if ".." in path.parts or "\\" in str(path):
+        raise AdapterError(
+            f"The subfolder {given!r} is none of a repository: give names with / between, and no .. in it."
+        )
+    return str(path) if path.parts else None
+
+
 def make_card_files(folder: Path, target: Path, name: str, is_adapter: bool, subfolder: str | None) -> list[Path]:
     """Model card and loss plot, written to `target`. A card that somebody wrote is taken as it is; one that training
     wrote names its folder, and is made anew."""
@@ -87,8 +101,8 @@ def push_to_hub(
     Args:
         folder: of `save_adapter`, or of a whole checkpoint with its processor.
         repo: Hub id; the repository is made if it does not exist.
-        subfolder: where in it an adapter goes. At the root of a repository that holds a checkpoint it would send
-            `from_pretrained` to the adapter's base model, so that is refused.
+        subfolder: where in it an adapter goes, without `..`; `/` and `.` mean the root. At the root of a repository
+            that holds a checkpoint it would send `from_pretrained` to the adapter's base model, so that is refused.
         private: makes the repository private if it is new.
         token: by default the one that `hf auth login` keeps.
 
@@ -97,7 +111,7 @@ def push_to_hub(
         PublishError: the repository is not for it.
         HfHubHTTPError: the Hub refuses, or fails; nothing is published then.
     """
-    folder = Path(folder)
+    folder, subfolder = Path(folder), read_subfolder(subfolder)
     files, is_adapter = files_of(folder)
     if subfolder and not is_adapter:
         raise AdapterError(f"{folder} is a checkpoint, which lies at the root of its repository: give no subfolder.")
@@ -109,7 +123,7 @@ def push_to_hub(
             file=sys.stderr,
         )
     api, repo = open_repository(repo, private, token)
-    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    inside = f"{subfolder}/" if subfolder else ""
     with tempfile.TemporaryDirectory(prefix="dpvr-card-") as made:
         target = Path(made)
         files += make_card_files(folder, target, repo, is_adapter, subfolder)

@@ -106,7 +106,10 @@ dpvr, adapter = f"{sys.argv[2]}/dpvr", f"{sys.argv[2]}/adapter"
 push("checkpoint", dpvr, "org/dpvr")
 push("adapter", adapter, "org/adapter")
 push("adapter beside a checkpoint", adapter, "org/dpvr")
-push("adapter in a subfolder", adapter, "org/dpvr", "--subfolder", "adapters/a")
+for root in ("/", ".", "./", "", "//."):
+    push(f"adapter at {root!r}", adapter, "org/dpvr", "--subfolder", root)
+push("adapter in a subfolder", adapter, "org/dpvr", "--subfolder", "/adapters//./a/")
+push("adapter outside", adapter, "org/dpvr", "--subfolder", "adapters/../..")
 push("over an older model", dpvr, "org/older")
 convert("conversion", "org/converted")
 convert("conversion beside an adapter", "org/adapter")
@@ -225,6 +228,11 @@ def test_an_adapter_beside_a_checkpoint_is_refused_at_the_root_and_taken_in_a_su
     hub, said, errors = pushed
     assert said["adapter beside a checkpoint"] == "1\n"
     assert "org/dpvr has config.json at its root" in errors["adapter beside a checkpoint"]
+    for root in ("/", ".", "./", "", "//."):
+        assert said[f"adapter at {root!r}"] == "1\n"
+        assert "org/dpvr has config.json at its root" in errors[f"adapter at {root!r}"]
+    assert said["adapter outside"] == "1\n"
+    assert "The subfolder 'adapters/../..' is none of a repository" in errors["adapter outside"]
     assert said["adapter in a subfolder"].endswith("\n0\n")
     assert "adapter_config.json" not in hub.files("org/dpvr")
 
