@@ -1,11 +1,14 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""One commit to a Hub repository: files, and no weights of an earlier model beside them."""
+"""One commit to a Hub repository: files, and nothing beside them of an earlier model or push."""
 
 import re
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from scripts.checksums import NAME, read_checksums
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 # What transformers and the converter call weights; from_pretrained reads model.safetensors before an index
@@ -27,9 +30,23 @@ def explain(error: Exception) -> str:
     return f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else str(error)
 
 
+def _brought_before(api: HfApi, repo: str, files: dict[str, Path], present: set[str]) -> set[str]:
+    """What the SHA256SUMS that `files` replace name, by its names in the repository."""
+    names = set()
+    for path in (path for path in files.keys() & present if Path(path).name == NAME):
+        with tempfile.TemporaryDirectory(prefix="dpvr-sums-") as folder:
+            sums = Path(api.hf_hub_download(repo, path, local_dir=folder))
+            try:
+                names |= {path.removesuffix(NAME) + name for name in read_checksums(sums)}
+            except ValueError:  # somebody else's: no push brought what it names
+                continue
+    return names
+
+
 def publish(api: HfApi, repo: str, files: dict[str, Path], message: str) -> str:
     """Uploads `files`, by their names in the repository, in one commit, which also deletes the weights that an earlier
-    model left beside a new one; its other files stay. Returns the commit's address.
+    model left beside a new one, and what the SHA256SUMS of an earlier push names and the new one does not bring, which
+    would fail the check; other files stay. Returns the commit's address.
 
     Raises:
         PublishError: a checkpoint and an adapter would lie at the root of one repository.
@@ -43,7 +60,8 @@ def publish(api: HfApi, repo: str, files: dict[str, Path], message: str) -> str:
                 "adapter's base model. Put the adapter into a subfolder, or a repository of its own."
             )
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    stale = _brought_before(api, repo, files, present) & present
     if MODEL_CONFIG in files:
-        stale = filter(MODEL_WEIGHTS.fullmatch, sorted(present - files.keys()))
-        operations += map(CommitOperationDelete, stale)
+        stale |= set(filter(MODEL_WEIGHTS.fullmatch, present))
+    operations += map(CommitOperationDelete, sorted(stale - files.keys()))
     return str(api.create_commit(repo, operations, commit_message=message).commit_url)

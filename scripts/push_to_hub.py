@@ -96,7 +96,7 @@ def push_to_hub(
     folder: str | Path, repo: str, *, subfolder: str | None = None, private: bool = False, token: str | None = None
 ) -> str:
     """Uploads the adapter or the checkpoint in `folder` to `repo`, in one commit, which deletes the weights of a model
-    that was there before. Returns the address of the commit.
+    that was there before and what an earlier push brought and this one does not. Returns the address of the commit.
 
     Args:
         folder: of `save_adapter`, or of a whole checkpoint with its processor.

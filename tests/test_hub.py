@@ -71,6 +71,9 @@ def folders(tmp_path_factory):
     (path / "adapter" / "README.md").write_text(make_card(RUN, "adapter"))  # as training writes it
     (path / "adapter" / "bad_rows.jsonl").write_text("private")
     (path / "adapter" / "checkpoint-10").mkdir()
+    shutil.copytree(path / "adapter", path / "without-losses")
+    (path / "without-losses" / "README.md").unlink()
+    (path / "without-losses" / "training.json").write_text(json.dumps({**RUN, "loss_curve": []}))
     return path
 
 
@@ -81,7 +84,12 @@ OLDER = {  # what an earlier model has left in a repository
     "pytorch_model.bin.index.json": b"{}",
     "adapters/a/adapter_model.safetensors": b"kept",
     "model_ema.safetensors": b"kept",
+    "loss.png": b"of an earlier push",
+    "additional_chat_templates/old.jinja": b"of an earlier push",
+    "notes.txt": b"kept",
 }
+NAMED = ("config.json", "model.safetensors", "loss.png", "additional_chat_templates/old.jinja", "gone.txt")
+OLDER["SHA256SUMS"] = "".join(f"{64 * '0'}  {name}\n" for name in NAMED).encode()
 PUSH_ALL = """
 import os
 import sys
@@ -110,6 +118,8 @@ for root in ("/", ".", "./", "", "//."):
     push(f"adapter at {root!r}", adapter, "org/dpvr", "--subfolder", root)
 push("adapter in a subfolder", adapter, "org/dpvr", "--subfolder", "/adapters//./a/")
 push("adapter outside", adapter, "org/dpvr", "--subfolder", "adapters/../..")
+push("with a plot", adapter, "org/again", "--subfolder", "a/b")
+push("without a plot", f"{sys.argv[2]}/without-losses", "org/again", "--subfolder", "a/b")
 push("over an older model", dpvr, "org/older")
 convert("conversion", "org/converted")
 convert("conversion beside an adapter", "org/adapter")
@@ -169,7 +179,7 @@ def test_a_checkpoint_and_an_adapter_are_pushed_whole_each_in_one_commit(folders
 
 
 def test_weights_of_an_earlier_model_are_deleted_by_the_commit_that_brings_new_ones(folders, pushed):
-    """transformers would read them and not the new ones."""
+    """transformers would read them and not the new ones; what the new SHA256SUMS does not name fails its check."""
     hub = pushed[0]
     files = hub.files("org/older")
     assert len(hub.commits["org/older"]) == 2
@@ -177,9 +187,21 @@ def test_weights_of_an_earlier_model_are_deleted_by_the_commit_that_brings_new_o
         "config.json",
         "adapters/a/adapter_model.safetensors",
         "model_ema.safetensors",
+        "notes.txt",
+        "SHA256SUMS",
     }
     for path in (folders / "dpvr").iterdir():
         assert files[path.name] == path.read_bytes()
+
+
+def test_a_second_push_leaves_nothing_that_the_check_of_the_sums_would_find(pushed, tmp_path):
+    hub = pushed[0]
+    first, second = (files for _, files in hub.commits["org/again"][1:])
+    assert first.keys() - second.keys() == {"a/b/loss.png"}
+    for path, data in second.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    assert checksums.main([str(tmp_path / "a" / "b"), "--check"]) == 0
 
 
 def test_the_converter_pushes_what_it_has_made_and_says_how_to_push_it_again(pushed, tmp_path):
