@@ -20,7 +20,17 @@ sys.path.insert(0, str(ROOT))
 from scripts.checksums import write_checksums
 from scripts.publish import PublishError, explain, open_repository, publish
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
-from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, is_hub_id, make_card, plot_losses, read_run
+from training.card import (
+    CARD_FILE,
+    PLOT_FILE,
+    RUN_FILE,
+    UNNAMED,
+    has_own_card,
+    is_hub_id,
+    make_card,
+    plot_losses,
+    read_run,
+)
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".py", ".jinja", ".model", ".txt")
@@ -75,9 +85,13 @@ def read_subfolder(given: str | None) -> str | None:
 
 def make_card_files(folder: Path, target: Path, name: str, is_adapter: bool, subfolder: str | None) -> list[Path]:
     """Model card and loss plot, written to `target`. A card that somebody wrote is taken as it is; one that training
-    wrote names its folder, and is made anew."""
+    wrote names its folder, and is made anew; one of the converter names none, and gets the repository's."""
     if has_own_card(folder):
-        return [path for path in (folder / CARD_FILE, folder / PLOT_FILE) if path.is_file()]
+        card = folder / CARD_FILE
+        if UNNAMED in (text := card.read_text(encoding="utf-8")):
+            card = target / CARD_FILE
+            card.write_text(text.replace(UNNAMED, f'name = "{name}"'), encoding="utf-8")
+        return [path for path in (card, folder / PLOT_FILE) if path.is_file()]
     run = read_run(folder)
     if is_adapter:
         stated, _ = read_header(folder / WEIGHTS_FILE)

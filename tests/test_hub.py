@@ -246,6 +246,15 @@ def test_a_card_that_somebody_wrote_is_pushed_as_it_is(folders, tmp_path):
     assert make_card_files(tmp_path / "adapter", tmp_path, "org/x", True, None) == [card]
 
 
+def test_a_card_that_the_converter_wrote_gets_the_name_of_the_repository(tmp_path):
+    convert(ROOT / "examples" / "tiny-llava", tmp_path / "dpvr")
+    written = (tmp_path / "dpvr" / "README.md").read_text()
+    (card,) = push_to_hub.make_card_files(tmp_path / "dpvr", tmp_path, "org/dpvr", False, None)
+    assert '\nname = "org/dpvr"\n' in card.read_text()
+    assert "path/to/this/folder" not in card.read_text()
+    assert (tmp_path / "dpvr" / "README.md").read_text() == written
+
+
 def test_an_adapter_beside_a_checkpoint_is_refused_at_the_root_and_taken_in_a_subfolder(pushed):
     hub, said, errors = pushed
     assert said["adapter beside a checkpoint"] == "1\n"

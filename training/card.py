@@ -13,6 +13,7 @@ from benchmarks.tables import markdown
 
 RUN_FILE, CARD_FILE, PLOT_FILE = "training.json", "README.md", "loss.png"
 MERGED = ("LORA", "LN_TUNING")  # what `from_llava` merges for sure; PEFT cannot merge IA3 beside a side branch
+UNNAMED = 'name = "path/to/this/folder"  # or its Hub id'  # in the card of a converted folder
 LICENSE = ("license", "license_name", "license_link")
 
 CARD = """\
