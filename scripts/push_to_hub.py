@@ -9,7 +9,6 @@ and lists of bad rows stay where they are.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.checksums import write_checksums
 from scripts.publish import PublishError, explain, open_repository, publish
-from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
+from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header, read_json
 from training.card import (
     CARD_FILE,
     PLOT_FILE,
@@ -50,6 +49,7 @@ def files_of(folder: Path) -> tuple[list[Path], bool]:
             f"{folder} holds {'both' if is_adapter else 'neither'} {CONFIG_FILE} and config.json: give the folder of "
             "an adapter or of a checkpoint."
         )
+    read_run(folder)  # which the card is made of, when a repository has been made already
     if is_adapter:
         read_header(folder / WEIGHTS_FILE)
         return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()], True
@@ -59,13 +59,15 @@ def files_of(folder: Path) -> tuple[list[Path], bool]:
 
 
 def _check_checkpoint(folder: Path) -> None:
-    config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+    config, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
     code = {reference.split(".")[0] + ".py" for reference in config.get("auto_map", {}).values()}
-    weights = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    weights = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not weights or not isinstance(weights, dict):
+        raise AdapterError(f"{index} has no weight_map that names files.")
     for name in sorted(code | {"processor_config.json"}):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} has no {name}: nobody could load it. Save model and processor there.")
-    for name in sorted(set(weights)):
+    for name in sorted(set(weights.values())):
         read_header(folder / name)
 
 
@@ -98,7 +100,7 @@ def make_card_files(folder: Path, target: Path, name: str, is_adapter: bool, sub
         known = {"base_model", "base_type", "saturation_layer"} & stated.keys()
         run = {**{key: stated[key] for key in known}, **run}
     else:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         run = {**{key: config[key] for key in ("saturation_layer", "num_side_layers") if key in config}, **run}
     has_plot = plot_losses(run, target / PLOT_FILE)
     card = make_card(run, name, is_adapter=is_adapter, subfolder=subfolder, has_plot=has_plot)
@@ -129,7 +131,7 @@ def push_to_hub(
     files, is_adapter = files_of(folder)
     if subfolder and not is_adapter:
         raise AdapterError(f"{folder} is a checkpoint, which lies at the root of its repository: give no subfolder.")
-    base = json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path") if is_adapter else None
+    base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path") if is_adapter else None
     if is_adapter and not is_hub_id(base):
         print(
             f"warning: the adapter names its base {base!r}, which is no Hub id: others will not find it. Train with "

@@ -360,8 +360,10 @@ def test_a_checkpoint_is_pushed_where_peft_is_not_installed(folders, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders, tmp_path, capsys):
+def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders, tmp_path, capsys, monkeypatch):
     from scripts.push_to_hub import main
+
+    monkeypatch.setattr(push_to_hub, "open_repository", lambda *_: pytest.fail("a repository was made"))
 
     def word(folder):
         assert main([str(folder), "org/x"]) == 1
@@ -377,6 +379,20 @@ def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders,
         shutil.copytree(folders / "dpvr", tmp_path / name)
         (tmp_path / name / name).unlink()
         assert message in word(tmp_path / name)
+    shutil.copytree(folders / "dpvr", tmp_path / "no map")
+    (tmp_path / "no map" / "model.safetensors.index.json").write_text("{}")
+    assert "model.safetensors.index.json has no weight_map that names files" in word(tmp_path / "no map")
+    for folder, name in (
+        ("dpvr", "config.json"),
+        ("dpvr", "model.safetensors.index.json"),
+        ("adapter", "adapter_config.json"),
+        ("adapter", "training.json"),
+    ):
+        for text, message in (('{"a": ', "holds no JSON: "), ("[1]", "holds a list, not a JSON object")):
+            broken = tmp_path / f"broken {name}"
+            shutil.copytree(folders / folder, broken, dirs_exist_ok=True)
+            (broken / name).write_text(text)
+            assert f"error: {broken / name} {message}" in word(broken)
     shutil.copytree(folders / "adapter", tmp_path / "cut")
     data = (tmp_path / "cut" / "adapter_model.safetensors").read_bytes()
     (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(data[:-1])

@@ -3,13 +3,13 @@
 """Model cards of trained side branches, from the `training.json` of the run; what that does not state, they do not."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from benchmarks.tables import markdown
+from training.adapter_files import read_json
 
 RUN_FILE, CARD_FILE, PLOT_FILE = "training.json", "README.md", "loss.png"
 MERGED = ("LORA", "LN_TUNING")  # what `from_llava` merges for sure; PEFT cannot merge IA3 beside a side branch
@@ -150,7 +150,7 @@ def make_card(
 
 def read_run(folder: Path) -> dict:
     """The record of the training that wrote `folder`, empty if there is none."""
-    return json.loads((folder / RUN_FILE).read_text()) if (folder / RUN_FILE).is_file() else {}
+    return read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
 
 
 def has_own_card(folder: Path) -> bool:
