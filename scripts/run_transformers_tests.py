@@ -39,17 +39,17 @@ examples:
 """
 
 
-def run_pytest(checkout: Path, report: Path, arguments: list[str]) -> None:
-    """Runs the suite among the checkout's own tests; what pytest says goes to the terminal."""
+def run_pytest(checkout: Path, report: Path, arguments: list[str]) -> int:
+    """Runs the suite among the checkout's own tests; what pytest says goes to the terminal. Returns pytest's code."""
     command = ["-m", "pytest", "-q", "--rootdir", checkout, "-c", checkout / "pyproject.toml", "-p", "conftest"]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="dpvr-modules-") as modules:
-        subprocess.run(
+        return subprocess.run(
             [sys.executable, *map(str, command), str(SUITE), f"--junitxml={report}", *arguments],
             cwd=checkout,
             env={**environment, "HF_MODULES_CACHE": modules},
             check=False,
-        )
+        ).returncode
 
 
 def read_report(report: Path) -> dict[str, dict[str, str]]:
@@ -120,11 +120,14 @@ def main() -> int:
             return 2
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        run_pytest(checkout, report, arguments)
-        if not report.is_file():
-            print("error: pytest could not run the tests; what it said stands above", file=sys.stderr)
+        code = run_pytest(checkout, report, arguments)
+        if code not in (0, 1) or not report.is_file():
+            print(f"error: pytest ended with {code}; what it said stands above. Nothing is recorded", file=sys.stderr)
             return 2
         record = compare(read_report(report))
+    if not any(pair["LLaVA"]["passed"] for pair in record.values()):
+        print("error: no test of LLaVA passed, so there is nothing to compare. Nothing is recorded", file=sys.stderr)
+        return 2
     unexplained = False
     for title, pair in record.items():
         print(f"\n{title}")

@@ -214,6 +214,37 @@ def test_a_test_that_only_llava_passes_is_told_with_what_became_of_it(tmp_path):
     assert pair["passed by LLaVA alone"] == {"test_b": "failed", "test_c": "skipped: why"}
 
 
+NO_TESTS = '<testsuites><testsuite><testcase classname="" name="suite"><error/></testcase></testsuite></testsuites>'
+
+
+@pytest.mark.parametrize(
+    ("code", "report", "message"),
+    [
+        (0, REPORT, None),
+        (2, NO_TESTS, "pytest ended with 2"),  # it could not import the suite
+        (5, NO_TESTS, "pytest ended with 5"),
+        (1, NO_TESTS, "no test of LLaVA passed"),
+        (1, None, "pytest ended with 1"),
+    ],
+)
+def test_a_run_without_tests_is_an_error_and_recorded_nowhere(code, report, message, tmp_path, monkeypatch, capsys):
+    for name in ("pyproject.toml", "conftest.py", "tests/vlm_tester.py", "tests/models/llava/test_modeling_llava.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def run_pytest(_, path, arguments):
+        if report:
+            path.write_text(report)
+        return code
+
+    (tmp_path / "record.json").write_text("as it was")
+    monkeypatch.setattr(run_transformers_tests, "run_pytest", run_pytest)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "--output", str(tmp_path / "record.json")])
+    assert run_transformers_tests.main() == (2 if message else 1)  # of REPORT's tests DPVR failed one
+    assert (tmp_path / "record.json").read_text().startswith("as it was" if message else "{")
+    assert (message or "") in capsys.readouterr().err
+
+
 @pytest.mark.skipif(
     "TRANSFORMERS_CHECKOUT" not in os.environ, reason="set TRANSFORMERS_CHECKOUT to a checkout's folder"
 )
