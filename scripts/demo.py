@@ -163,8 +163,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=7, help="of the picture and the questions (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=100, help="held-out, of each kind (default: %(default)s)")
     args = parser.parse_args()
-    if args.questions < 1:
-        parser.error(f"--questions must be at least 1, got {args.questions}")
+    for name, value, least in (("--questions", args.questions, 1), ("--seed", args.seed, 0)):
+        if value < least:
+            parser.error(f"{name} must be at least {least}, got {value}")
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()

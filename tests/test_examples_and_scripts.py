@@ -120,6 +120,21 @@ def test_the_demo_writes_a_checkpoint_and_a_picture_and_can_be_run_again(tmp_pat
         assert (tmp_path / "dpvr-tiny" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("script", ["scripts/demo.py", "examples/evaluation/write_questions.py"])
+def test_numbers_that_give_no_questions_are_refused(script, tmp_path):
+    for option, value, least in (("--questions", 0, 1), ("--questions", -1, 1), ("--seed", -1, 0)):
+        result = subprocess.run(
+            [sys.executable, ROOT / script, option, str(value)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 2
+        assert result.stderr.endswith(f"error: {option} must be at least {least}, got {value}\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_demo_deletes_nothing_of_others(tmp_path):
     convert(EXAMPLES / "tiny-llava", tmp_path / "noted", adapter=EXAMPLES / "dpvr-tiny-adapter")
     (tmp_path / "noted" / "notes.txt").write_text("mine")

@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100, help="of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=12345, help="of grids and questions (default: %(default)s)")
     args = parser.parse_args()
+    for name, value, least in (("--questions", args.questions, 1), ("--seed", args.seed, 0)):
+        if value < least:
+            parser.error(f"{name} must be at least {least}, got {value}")
     write_questions(args.output, args.seed, args.questions)
     print(f"{args.output}: {args.questions * len(task.KINDS)} questions")
 
