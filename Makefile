@@ -12,7 +12,7 @@ help:
 	@echo "make test-eval     install lm-evaluation-harness and lmms-eval, and run their tests"
 	@echo "make test-lowest   run the core tests with the lowest versions that requirements.txt allows"
 	@echo "make lint          check style"
-	@echo "make clean         remove what these made"
+	@echo "make clean         remove what these made, but for dpvr-tiny"
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as transformers needs it; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...")'
@@ -40,4 +40,6 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) dpvr-tiny .dpvr-demo-* demo.png .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .dpvr-demo-* .pytest_cache .ruff_cache .hypothesis
+	rm -f demo.png
+	@test ! -e dpvr-tiny || echo "dpvr-tiny stays: it may hold more than the demo wrote. Remove it yourself."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -154,6 +155,18 @@ def test_the_demo_deletes_nothing_of_others(tmp_path):
         assert result.stderr.splitlines()[-1].startswith(f"error: {name} ")
         assert all(each.read_bytes() == content for each, content in before.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "file", "noted"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_clean_leaves_a_checkpoint_that_somebody_may_have_put_there(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("dpvr-tiny/notes.txt", ".venv/x", ".pytest_cache/x", "demo.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    result = subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "dpvr-tiny stays" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "dpvr-tiny"]
+    assert (tmp_path / "dpvr-tiny" / "notes.txt").read_text() == "x"
 
 
 def test_embedded_models_are_not_trained_into_a_folder_of_something_else(tmp_path):
