@@ -146,7 +146,7 @@ def draw(path: Path, picture, questions, dense: Result, dpvr: Result, rows) -> N
     table.auto_set_font_size(False)
     table.set_fontsize(9.5)
     table.scale(1, 1.45)
-    for (_, _), cell in table.get_celld().items():
+    for cell in table.get_celld().values():
         cell.set_edgecolor("#cccccc")
     figure.savefig(path, dpi=110)
     plt.close(figure)
