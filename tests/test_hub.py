@@ -423,6 +423,11 @@ def test_a_card_states_base_data_hyperparameters_plot_accuracy_and_how_to_load()
         compile(textwrap.dedent(code.split("```")[0]), "card", "exec")
 
 
+@pytest.mark.parametrize(("command", "code"), [("a b", "`a b`"), ("a `b` c", "`` a `b` c ``"), ("``", "``` `` ```")])
+def test_a_command_in_a_card_is_code_whatever_backticks_it_has(command, code):
+    assert f"| command | {code} |" in make_card({**RUN, "command": command})
+
+
 def test_a_card_claims_nothing_that_the_run_does_not_state():
     text = make_card({})
     assert "All other" not in text  # which nobody knows
@@ -430,6 +435,7 @@ def test_a_card_claims_nothing_that_the_run_does_not_state():
     assert "wait as they are" in make_card({**RUN, "num_side_layers": 0})
     assert "Accuracy was not measured" in text
     assert "loss.png" not in text
+    assert "## Training" not in text
     assert "None" not in text
     assert "base_model_relation" not in text  # of a base that has no name on the Hub
 

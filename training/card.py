@@ -28,11 +28,13 @@ decoder at layer {saturation_layer}, {way}, and meet the text again in the last 
 
 ## How to load
 
-{load}
+{load}{training}{plot}{results}
+"""
+
+TRAINING = """
 ## Training
 
 {facts}
-{plot}{results}
 """
 
 LOAD_ADAPTER = """\
@@ -142,7 +144,7 @@ def make_card(
         base=base,
         saturation_layer=run.get("saturation_layer", "S"),
         load=_load(run, base, name, is_adapter, subfolder),
-        facts=markdown(["", ""], _facts(run)),
+        training=TRAINING.format(facts=markdown(["", ""], facts)) if (facts := _facts(run)) else "",
         plot=f"\n![Loss by step]({PLOT_FILE})\n" if has_plot else "",
         results=_results(run),
     )
@@ -193,8 +195,14 @@ def _facts(run: dict) -> list[list[str]]:
         rows.append(("time", f"{run['training_seconds']:,} s"))
     rows += [(f"version of {key}", value) for key, value in run.get("versions", {}).items()]
     if "command" in run:
-        rows.append(("command", f"`{run['command']}`"))
+        rows.append(("command", _as_code(run["command"])))
     return [[key, f"{value:,}" if type(value) is int else str(value)] for key, value in rows]
+
+
+def _as_code(text: str) -> str:
+    """Code of Markdown, between more backticks than the text has in a row."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return f"{'`' * (longest + 1)}{' ' * bool(longest)}{text}{' ' * bool(longest)}{'`' * (longest + 1)}"
 
 
 def _results(run: dict) -> str:
