@@ -164,7 +164,8 @@ def _read_image(image, name: str, max_pixels: int, input_data_format=None):
 
 
 def _width_and_height(size) -> tuple[int, int]:
-    size = get_size_dict(size)
+    """Of a size as image processors are given it; zeros where it is none, or says neither."""
+    size = get_size_dict(size) if size else {}
     return size.get("width", 0), size.get("height", 0)
 
 

@@ -197,6 +197,12 @@ def test_sizes_are_foreseen_as_they_come():
             processor(images=noise(8, 4), text="<image>", **options)
 
 
+def test_an_image_processor_that_crops_nothing_needs_no_size_of_a_crop():
+    processor = make_processor()
+    processor.image_processor.do_center_crop, processor.image_processor.crop_size = False, None
+    assert processor(images=GOOD, text="<image>", return_tensors="pt").pixel_values.shape == (1, 3, SIZE, SIZE)
+
+
 @pytest.mark.parametrize("options", [{"return_tensors": "zz"}, {"size": {"shortest_edge": 0}}])
 def test_options_that_no_image_can_be_processed_with_are_named(options):
     (name, value), *_ = options.items()
