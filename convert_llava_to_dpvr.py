@@ -665,8 +665,6 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{name if name in ('source', 'output') else '--' + name.replace('_', '-')} is empty")
     if private and not repo:
         parser.error("--private is for --push-to-hub")
-    if repo and options["dry_run"]:
-        parser.error("--dry-run writes nothing that --push-to-hub could upload")
     if options["adapter"] and options["side_branch_init"] != "identity":
         parser.error("--side-branch-init is of a side branch that --adapter does not bring")
     if repo:
@@ -678,7 +676,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         summary = convert(**options, progress=True)
         say(str(summary))
-        return try_to_push(summary.output, repo, private) if repo else 0
+        return try_to_push(summary.output, repo, private) if repo and summary.output else 0
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -16,9 +16,10 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from read_weights import read_json
 from scripts.checksums import write_checksums
 from scripts.publish import PublishError, explain, open_repository, publish
-from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header, read_json
+from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import (
     CARD_FILE,
     PLOT_FILE,

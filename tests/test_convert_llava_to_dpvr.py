@@ -879,7 +879,6 @@ def test_command_line(tmp_path, source, capsys):
         ["", "b"],
         ["a", "b", "--adapter", ""],
         ["a", "b", "--adapter", "c", "--side-branch-init", "copy"],
-        ["a", "b", "--dry-run", "--push-to-hub", "org/name"],
     ],
 )
 def test_usage_errors_exit_with_2(arguments, capsys):

@@ -388,7 +388,7 @@ def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders,
         ("adapter", "adapter_config.json"),
         ("adapter", "training.json"),
     ):
-        for text, message in (('{"a": ', "holds no JSON: "), ("[1]", "holds a list, not a JSON object")):
+        for text, message in (('{"a": ', "is not valid JSON: "), ("[1]", "holds a list, not a JSON object")):
             broken = tmp_path / f"broken {name}"
             shutil.copytree(folders / folder, broken, dirs_exist_ok=True)
             (broken / name).write_text(text)

@@ -2,7 +2,6 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What the files of an adapter are called and say, for scripts that do without PEFT."""
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,14 +21,3 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
             return file.metadata() or {}, shapes
     except SafetensorError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
-
-
-def read_json(path: Path) -> dict:
-    """What a JSON file says, which is an object in all files of an adapter or a checkpoint that are read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise AdapterError(f"{path} holds no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path} holds a {type(value).__name__}, not a JSON object.")
-    return value

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from benchmarks.tables import markdown
-from training.adapter_files import read_json
+from read_weights import read_json
 
 RUN_FILE, CARD_FILE, PLOT_FILE = "training.json", "README.md", "loss.png"
 MERGED = ("LORA", "LN_TUNING")  # what `from_llava` merges for sure; PEFT cannot merge IA3 beside a side branch
