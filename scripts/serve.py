@@ -56,28 +56,38 @@ def read_messages(*args, **kwargs) -> list[dict]:
     return messages
 
 
-def check_assets(handler) -> None:
-    """Has the images of `/v1/systemone`, which come by another way, checked as well."""
+def check_body(body: dict) -> None:
+    """`check_source` for images that come beside the messages: assets of `/v1/systemone`, and options of a chat, which
+    reach the processor."""
+    for asset in body.get("assets", {}).values():
+        check_source(asset.get("data_base64"))
+    for name in sorted({"images", "processor_kwargs"} & (body.get("chat_template_kwargs") or {}).keys()):
+        raise ValueError(f"This server takes no {name} in chat_template_kwargs. Send images as parts of messages.")
+
+
+def check_requests(handler) -> None:
+    """Has `check_body` follow a handler's own check of a request."""
     validate = handler._validate_request
 
     def validate_and_check(body: dict):
         request = validate(body)
-        for asset in request.assets.values():
-            check_source(asset.get("data_base64"))
+        check_body(body)
         return request
 
     handler._validate_request = validate_and_check
 
 
-def build_server(model_manager, *args, systemone_handler, **kwargs):
+def build_server(model_manager, chat_handler, *, response_handler, systemone_handler, **kwargs):
     """The application of `transformers serve`. What the processor says of broken images and wrong prompts is for the
     client to know."""
     from fastapi import Request
     from fastapi.responses import JSONResponse
 
     pin_model(model_manager)
-    check_assets(systemone_handler)
-    app = build_plain_server(model_manager, *args, systemone_handler=systemone_handler, **kwargs)
+    handlers = {"response_handler": response_handler, "systemone_handler": systemone_handler}
+    for handler in (chat_handler, *handlers.values()):
+        check_requests(handler)
+    app = build_plain_server(model_manager, chat_handler, **handlers, **kwargs)
 
     async def bad_request(_: Request, error: Exception) -> JSONResponse:
         message = f"the request lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -193,6 +193,19 @@ def test_an_image_that_is_no_data_url_is_refused_and_nothing_is_read_or_fetched(
         assert (status, json.loads(body)["error"]["message"]) == (400, message)
 
 
+def test_an_image_among_the_options_of_a_chat_is_refused(server, picture, folder):
+    if not server[1]:
+        pytest.skip("transformers serve gives these to the processor, which opens files")
+    (folder / "picture.png").write_bytes(picture[0])
+    images = {"images": [str(folder / "picture.png")]}
+    for options in (images, {"processor_kwargs": images}):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        status, answer = post(server[0], {**body, "chat_template_kwargs": {"chat_template": "<image>", **options}})
+        assert status == 400, answer
+        assert "in chat_template_kwargs. Send images as parts" in json.loads(answer)["error"]["message"]
+    assert ask(server, data_url(picture[0]), QUESTION, chat_template_kwargs={"unused": 1})[0] == 200
+
+
 def test_addresses_of_images_are_let_through_where_that_is_asked_for_and_files_never(monkeypatch):
     from scripts import serve
 
