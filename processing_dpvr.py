@@ -172,13 +172,16 @@ def _width_and_height(size) -> tuple[int, int]:
 def _resized(width: int, height: int, size) -> tuple[int, int]:
     """The size that LLaVA's image processor gives an image; none where `size` is none that it knows."""
     size = get_size_dict(size, default_to_square=False)
-    if edge := size.get("shortest_edge"):
-        scale = min(edge / min(width, height), (size.get("longest_edge") or float("inf")) / max(width, height))
+    if scale := size.get("shortest_edge"):
+        unit, longest = min(width, height), size.get("longest_edge")
+        if longest and longest * unit < scale * max(width, height):
+            scale, unit = longest, max(width, height)
     elif size.get("max_height") and size.get("max_width"):
-        scale = min(size["max_height"] / height, size["max_width"] / width)
+        scales = (size["max_width"], width), (size["max_height"], height)
+        scale, unit = scales[size["max_height"] * width < size["max_width"] * height]
     else:
         return _width_and_height(size)
-    return round(width * scale), round(height * scale)
+    return width * scale // unit, height * scale // unit
 
 
 def _named(images: list) -> list[tuple[str, object]]:

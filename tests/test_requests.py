@@ -170,6 +170,7 @@ TOO_LARGE = {
         "resized it would have 112,500,000",
     ),
     "a box": ({"size": {"max_height": 20_000, "max_width": 15_000}}, "resized it would have 225,000,000"),
+    "a side of no float": ({"size": {"shortest_edge": 10**400}}, "resized it would have 100(,000)+"),
     "a crop": ({"crop_size": {"height": 10_000, "width": 9_000}}, "cropped it would have 90,000,000"),
 }
 
@@ -186,7 +187,8 @@ def test_a_size_that_no_memory_holds_is_refused_before_anything_is_resized(name,
 
 def test_sizes_are_foreseen_as_they_come():
     """The limit is set to what the image processor makes, and to one pixel less."""
-    for size in ({"shortest_edge": 9}, {"shortest_edge": 90, "longest_edge": 50}, {"height": 20, "width": 30}):
+    box = {"max_height": 40, "max_width": 50}
+    for size in ({"shortest_edge": 9}, {"shortest_edge": 90, "longest_edge": 50}, {"height": 20, "width": 30}, box):
         options = {"size": size, "do_pad": False, "do_center_crop": False, "return_tensors": "pt"}
         processor = make_processor()
         pixels = processor(images=noise(8, 4), text="<image>", **options)["pixel_values"].shape[-2:].numel()
