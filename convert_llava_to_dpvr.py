@@ -31,8 +31,8 @@ from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, pref
 from configuration_dpvr import AUTO_MAP, DPVRConfig, proportional_layer
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
-from scripts.checksums import write_checksums
-from scripts.publish import explain, open_repository, publish
+from scripts.publish import explain
+from scripts.push_to_hub import push_to_hub
 from side_branch_weights import (
     adapter_file,
     adapter_saturation_layer,
@@ -568,15 +568,6 @@ def convert(
         return write_folder(staging, checkpoint, config, generation_config, plan, summary, progress)
 
 
-def push(folder: Path, repo: str, private: bool) -> str:
-    """Uploads a converted checkpoint with its checksums, in one commit; the repository is made if it does not exist.
-    Returns the commit's address."""
-    api, repo = open_repository(repo, private)
-    write_checksums(folder)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return publish(api, repo, files, "Upload a DPVR checkpoint")
-
-
 EXAMPLES = """\
 examples:
   python convert_llava_to_dpvr.py                                            examples/tiny-llava into ./dpvr-tiny
@@ -702,7 +693,7 @@ def try_to_push(folder: Path, repo: str, private: bool) -> int:
     command = ["python", "scripts/push_to_hub.py", str(folder), repo, *(["--private"] if private else [])]
     again = f"{folder} is converted; push it again with `{shlex.join(command)}`"
     try:
-        print(f"pushed to {push(folder, repo, private)}")
+        print(f"pushed to {push_to_hub(folder, repo, private=private)}")
     except KeyboardInterrupt:
         print(f"interrupted. {again}", file=sys.stderr)
         return 130

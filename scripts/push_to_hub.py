@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from read_weights import read_json
+from read_weights import ConversionError, read_json
 from scripts.checksums import write_checksums
 from scripts.publish import PublishError, explain, open_repository, publish
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         address = push_to_hub(options.folder, options.repo, subfolder=options.subfolder, private=options.private)
     except Exception as error:  # client, network and file system fail in ways that have no common class
         print(f"error: {explain(error)}", file=sys.stderr)
-        if not isinstance(error, (AdapterError, PublishError)):
+        if not isinstance(error, (AdapterError, ConversionError, PublishError)):
             print(f"{options.repo}: the upload is one commit, so no part of it is published", file=sys.stderr)
         return 1
     print(f"pushed to {address}")

@@ -212,6 +212,7 @@ def test_the_converter_pushes_what_it_has_made_and_says_how_to_push_it_again(pus
         (tmp_path / name).write_bytes(data)
     assert checksums.main([str(tmp_path), "--check"]) == 0
     assert len(hub.commits["org/converted"]) == 2
+    assert 'name = "org/converted"\n' in (tmp_path / "README.md").read_text()
     assert {"README.md", "modeling_dpvr.py", "model.safetensors.index.json"} <= hub.files("org/converted").keys()
     for label, repo, word in (
         ("conversion beside an adapter", "org/adapter", "org/adapter has adapter_config.json at its root"),
