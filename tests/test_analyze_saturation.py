@@ -952,7 +952,7 @@ def test_malformed_entries_are_left_out_with_the_reason(change, reason, tmp_path
         ("[3]", "entry 0 is a int"),
         ('[{"image": "0.png"}]', "entry 0 has neither conversations nor text"),
         ('[{"image": "no.png", "text": "?"}]', "name images that are no files in"),
-        ("[]", "holds no question"),
+        ("[]", "is empty: it holds no rows"),
     ],
 )
 def test_data_that_cannot_be_read_are_refused_by_name(content, message, tmp_path, capsys):
