@@ -143,6 +143,11 @@ def read_datasets(source: Path, split: str = "train"):
 # --- one row
 
 
+def first_of_dialogue(messages: list[dict]) -> int:
+    """The number of the first message that is not of the system."""
+    return next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+
+
 def read_conversation(row: dict) -> tuple[list[dict], list]:
     """Chat messages and images, not yet opened, of a row.
 
@@ -153,9 +158,10 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
     if not isinstance(turns, list) or not turns:
         raise BadRowError("no conversation", "neither `conversations` nor `messages` holds a list of turns")
     messages = [read_turn(turn, number) for number, turn in enumerate(turns)]
-    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+    first = first_of_dialogue(messages)
     if messages[first]["role"] == "assistant":  # as in LLaVA: a conversation begins with the human
         del messages[first]
+        first = first_of_dialogue(messages)
     answers = [message["content"][-1]["text"] for message in messages if message["role"] == "assistant"]
     if not answers or messages[first]["role"] == "assistant":
         raise BadRowError("no conversation", "no question that is followed by an answer")
@@ -262,16 +268,13 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
     # One token for each image, as yet
     short = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begins)
     is_answer = torch.tensor([any(a <= i and j <= b and i < j for a, b in spans) for i, j in short["offset_mapping"]])
-    length = len(is_answer)
-    if images:
-        heights_and_widths = [image.size[::-1] for image in images]
-        length += sum(processor._get_num_multimodal_tokens(heights_and_widths)["num_image_tokens"]) - len(images)
-    if length > max_length:  # before the processor has more than the context to say of it
-        raise BadRowError("too long", f"{length} tokens, more than {max_length}")
+    if len(is_answer) > max_length:
+        raise BadRowError("too long", f"{len(is_answer)} tokens without those of images, more than {max_length}")
     try:
         encoded = processor(images=images or None, text=text, return_tensors="pt", add_special_tokens=not begins)
     except ValueError as error:
-        raise BadRowError("refused by the processor", str(error)) from error
+        is_too_long = "`tokenizer.model_max_length`" in str(error)  # as the processor says of a prompt
+        raise BadRowError("too long" if is_too_long else "refused by the processor", str(error)) from error
     row = {name: encoded[name][0] for name in ("input_ids", "mm_token_type_ids")}
     num_image_tokens = int((row["input_ids"] == image_id).sum())
     repeats = torch.ones(len(is_answer), dtype=torch.long)
@@ -281,6 +284,8 @@ def encode(processor, messages: list[dict], images: list[Image.Image], max_lengt
         raise BadRowError(
             "template", f"{len(row['input_ids'])} tokens, but their places in the text give {len(is_answer)}"
         )
+    if len(is_answer) > max_length:
+        raise BadRowError("too long", f"{len(is_answer)} tokens, more than {max_length}")
     row["labels"] = torch.where(is_answer, row["input_ids"], IGNORED)
     if images:
         row["pixel_values"] = encoded["pixel_values"]
