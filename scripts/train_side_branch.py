@@ -62,11 +62,18 @@ KEPT = (
     "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "weight_decay",
     "max_grad_norm",
     "seed",
     "data_seed",
     "train_sampling_strategy",
+    "dataloader_drop_last",
+    "bf16",
+    "fp16",
 )
 # Options of TrainingArguments that would do harm, or nothing, and why
 REFUSED = {
@@ -290,7 +297,10 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data) -> di
             "max_grad_norm": arguments.max_grad_norm,
         },
         "loss_curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-        "eval_loss_curve": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+        # Of a step that a run which goes on evaluates once more, the last
+        "eval_loss_curve": list(
+            {e["step"]: [e["step"], e["eval_loss"]] for e in history if "eval_loss" in e}.values()
+        ),
         "training_seconds": round(trainer.seconds_trained()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -318,8 +328,7 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     arguments.ddp_find_unused_parameters = not model.features_frozen
     trainer = SideBranchTrainer(model, arguments, collate, train_dataset=rows, eval_dataset=evaluation, facts=facts)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    is_evaluated = evaluated[-1:] == [trainer.state.global_step] and not arguments.load_best_model_at_end
+    is_evaluated = trainer.evaluated_at == trainer.state.global_step and not arguments.load_best_model_at_end
     if evaluation is not None and not is_evaluated:
         trainer.evaluate()
     record = record_of(options, arguments, trainer, model, data)

@@ -430,9 +430,23 @@ def test_a_row_that_its_images_make_too_long_is_called_so(processor):
     length = len(encode(processor, messages, pictures, 1024)["input_ids"])
     short = copy.deepcopy(processor)
     short.tokenizer.model_max_length = length - 1
-    with pytest.raises(BadRowError, match=f"^too long: {length} tokens, more than {length - 1}$"):
-        encode(short, messages, pictures, length - 1)
+    for each, limit in ((short, length - 1), (short, 1024), (processor, length - 1)):
+        with pytest.raises(BadRowError, match=f"^too long: .*{length} tokens, more than "):
+            encode(each, messages, pictures, limit)
     assert len(encode(processor, messages, pictures, length)["input_ids"]) == length
+
+
+@pytest.mark.parametrize("crop_size", [None, {"height": 16, "width": 16}])
+def test_a_row_is_as_long_as_its_images_are_whatever_crop_size_an_image_processor_does_not_use(processor, crop_size):
+    messages, _ = read_conversation({"images": ["a"], **TURNS})
+    stretching = copy.deepcopy(processor)
+    images = stretching.image_processor
+    images.size, images.do_center_crop, images.crop_size = images.crop_size, False, crop_size
+    pictures = [Image.new("RGB", (48, 31))]
+    length = len(encode(processor, messages, pictures, 1024)["input_ids"])
+    assert len(encode(stretching, messages, pictures, length)["input_ids"]) == length
+    with pytest.raises(BadRowError, match="^too long"):
+        encode(stretching, messages, pictures, length - 1)
 
 
 def test_data_without_a_good_row_is_refused_with_the_reasons(pictures, processor, tmp_path):
@@ -502,6 +516,8 @@ def test_an_answer_before_the_first_question_is_left_out():
         messages, _ = read_conversation({"images": ["a"], "messages": [*start, answer, *TURNS["messages"]]})
         assert [message["role"] for message in messages] == [*(["system"] if start else []), "user", "assistant"]
         assert [part["type"] for part in messages[-2]["content"]] == ["image", "text"]
+    messages, _ = read_conversation({"images": ["a"], "messages": [answer, system, *TURNS["messages"]]})
+    assert [[part["type"] for part in message["content"]] for message in messages[:2]] == [["text"], ["image", "text"]]
 
 
 def test_messages_that_place_no_image_begin_with_all():
@@ -713,6 +729,8 @@ def test_training_lowers_the_loss_and_writes_an_adapter_that_loads(embedded, pic
     steps, evaluated = zip(*record["eval_loss_curve"], strict=True)
     assert steps == (6, 12)  # the last one once
     assert evaluated[-1] < evaluated[0]
+    assert train_side_branch.main(train(embedded, pictures, output, *options, "--resume")) == 0  # it was at its end
+    assert json.loads((output / "training.json").read_text())["eval_loss_curve"] == record["eval_loss_curve"]
     checkpoint = last_checkpoint(output)
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 4 * 4 * 213_248
     assert (checkpoint / TRAINED_WEIGHTS).stat().st_size < 4.1 * 213_248
@@ -918,6 +936,11 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_a_batch_holds(embedd
     assert held_out("smaller", one, "--per_device_eval_batch_size", 2) == pytest.approx(expected, abs=1e-5)
     options = ("--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 1)
     assert held_out("two", two, *options) == pytest.approx(expected, abs=1e-5)
+    options = ("--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 2)  # the last batch has one of each
+    assert held_out("two of two", two, *options) == pytest.approx(expected, abs=1e-5)
+    options += ("--loss", "distill", "--cache-features", tmp_path / "features")
+    expected = held_out("learnt", one, *options[:2], "--per_device_eval_batch_size", 3, *options[4:6])
+    assert held_out("two cached", two, *options) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_run_goes_on_with_its_own_options_alone(embedded, pictures, tmp_path, capsys):

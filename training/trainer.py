@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from training.adapters import check_trained_for, describe_training, plain_name
-from training.staged import predicts
+from training.staged import IGNORED, predicts
 
 TRAINED_WEIGHTS = "trained.safetensors"
 
@@ -67,9 +67,9 @@ def as_damaged(checkpoint: str | Path):
     """
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the file
-        raise
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):  # no fault of the file
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{checkpoint} is damaged: {reason}. Delete that folder: --resume then goes on from the checkpoint before "
@@ -118,9 +118,11 @@ class SideBranchTrainer(Trainer):
         facts: what checkpoints state of the run, by name. A run that goes on must have the same.
         seconds: how long runs that this one goes on with have trained.
         evaluated: `(2,)`, the sum of the loss of this process's part of an evaluation, and its answers' tokens.
+        evaluated_at: the step of the last evaluation that this process has made, if any.
     """
 
     facts: dict[str, str]
+    evaluated_at: int | None = None
     seconds = 0.0
     sampler: GroupedByLength | None = None
 
@@ -155,7 +157,7 @@ class SideBranchTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         """As the Trainer's, but for the loss: the mean over all answers' tokens, as in training. The Trainer's is the
         mean of the batches' means, which depends on how many rows a batch has."""
-        self.evaluated = torch.zeros(2, device=self.args.device)
+        self.evaluated, self.evaluated_at = torch.zeros(2, device=self.args.device), self.state.global_step
         output = super().evaluation_loop(*args, **kwargs)
         loss, count = self.accelerator.reduce(self.evaluated, "sum").tolist()
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -164,20 +166,25 @@ class SideBranchTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None) -> tuple:
         inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        num_own = self._num_own(len(labels))
+        if 0 < num_own < len(labels):
+            inputs["labels"] = torch.cat([labels[:num_own], torch.full_like(labels[num_own:], IGNORED)])
+            if inputs.get("teacher_states") is not None:  # of the answers' tokens, row after row
+                inputs["teacher_states"] = inputs["teacher_states"][: predicts(inputs["labels"]).sum()]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs)["loss"]
-        count = predicts(inputs["labels"]).sum()
-        self.evaluated += torch.stack([loss * count, count]) * self._own_share(len(inputs["labels"]))
+        count = predicts(inputs["labels"]).sum() * (num_own > 0)
+        self.evaluated += torch.stack([loss * count, count])
         return loss, None, None
 
-    def _own_share(self, num_rows: int) -> float:
-        """Of this process's batch, the share of rows that no other counts: where there are not enough for all
-        processes, accelerate fills the last batches with the first rows."""
+    def _num_own(self, num_rows: int) -> int:
+        """Of this process's batch, the first rows, which no other counts: where there are not enough for all
+        processes, accelerate fills the last batches with the first rows of all."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder < 1:
-            return 1.0
-        own = state.remainder - self.args.process_index * num_rows
-        return min(max(own, 0), num_rows) / num_rows
+            return num_rows
+        return min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """As the Trainer does.
