@@ -11,6 +11,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from scripts.checksums import NAME, read_checksums
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+# What scripts/push_to_hub.py brings, by its names beside SHA256SUMS
+PUSHED = re.compile(r"(additional_chat_templates/)?[^/]+\.(json|safetensors|py|jinja|model|txt)|README\.md|loss\.png")
 # What transformers and the converter call weights; from_pretrained reads model.safetensors before an index
 MODEL_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5}|-base|-side-branch)?\.(safetensors|bin)(\.index\.json)?")
 
@@ -31,13 +33,14 @@ def explain(error: Exception) -> str:
 
 
 def _brought_before(api: HfApi, repo: str, files: dict[str, Path], present: set[str]) -> set[str]:
-    """What the SHA256SUMS that `files` replace name, by its names in the repository."""
+    """What the SHA256SUMS that `files` replace name of what a push brings, by its names in the repository. It may name
+    what somebody else brought, a licence or pictures."""
     names = set()
     for path in (path for path in files.keys() & present if Path(path).name == NAME):
         with tempfile.TemporaryDirectory(prefix="dpvr-sums-") as folder:
             sums = Path(api.hf_hub_download(repo, path, local_dir=folder))
             try:
-                names |= {path.removesuffix(NAME) + name for name in read_checksums(sums)}
+                names |= {path.removesuffix(NAME) + name for name in read_checksums(sums) if PUSHED.fullmatch(name)}
             except ValueError:  # somebody else's: no push brought what it names
                 continue
     return names

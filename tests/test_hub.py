@@ -14,7 +14,7 @@ from conftest import ROOT
 from hub_server import TOKEN, Hub
 
 from convert_llava_to_dpvr import convert
-from scripts import checksums, push_to_hub
+from scripts import checksums, publish, push_to_hub
 from training.adapters import add_adapter, from_llava, save_adapter
 from training.card import make_card, plot_losses, read_license
 
@@ -192,6 +192,20 @@ def test_weights_of_an_earlier_model_are_deleted_by_the_commit_that_brings_new_o
     }
     for path in (folders / "dpvr").iterdir():
         assert files[path.name] == path.read_bytes()
+
+
+def test_a_push_takes_away_nothing_that_no_push_brings(tmp_path):
+    """Whoever uploaded a licence or pictures may have written sums of them too."""
+    names = ("LICENSE", "USE_POLICY.md", "images/a.png", "loss.png", "special_tokens_map.json")
+    (tmp_path / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in names))
+
+    class Api:
+        def hf_hub_download(self, *_, **__):
+            return tmp_path / "SHA256SUMS"
+
+    files = {"a/SHA256SUMS": tmp_path / "SHA256SUMS"}
+    brought = publish._brought_before(Api(), "org/x", files, {"a/SHA256SUMS"})
+    assert brought == {"a/loss.png", "a/special_tokens_map.json"}
 
 
 def test_a_second_push_leaves_nothing_that_the_check_of_the_sums_would_find(pushed, tmp_path):
