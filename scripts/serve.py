@@ -3,8 +3,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """`transformers serve`, except that what the processor refuses (a broken image, a wrong prompt) and requests that lack
 something are answered with status 400 and the reason, not 500. Values of a wrong type get 500, as they do there.
-Refused with 400, too: another model than the one named here, whose code would run, and images that are no data: URLs,
-which would be read from this machine's files or from what it can reach.
+Refused with 400, too: another model than the one named here, whose code would run, and images that are no data:image/
+URLs, which would be read from this machine's files or from what it can reach.
 
 Takes the arguments of `transformers serve` (`pip install transformers[serving]`). For example:
 
@@ -57,22 +57,25 @@ def read_messages(*args, **kwargs) -> list[dict]:
 
 
 def check_body(body: dict) -> None:
-    """`check_source` for images that come beside the messages: assets of `/v1/systemone`, and options of a chat, which
-    reach the processor."""
+    """Images that come beside the messages: assets of `/v1/systemone` become data: URLs, for their base64 might be a
+    path or an address, and options of a chat, which reach the processor, may hold none."""
     for asset in body.get("assets", {}).values():
-        check_source(asset.get("data_base64"))
-    for name in sorted({"images", "processor_kwargs"} & (body.get("chat_template_kwargs") or {}).keys()):
+        if not asset["data_base64"].startswith("data:"):
+            asset["data_base64"] = f"data:image/png;base64,{asset['data_base64']}"
+        check_source(asset["data_base64"])
+    options = body.get("chat_template_kwargs")
+    for name in sorted({"images", "processor_kwargs"} & set(options if isinstance(options, dict) else ())):
         raise ValueError(f"This server takes no {name} in chat_template_kwargs. Send images as parts of messages.")
 
 
 def check_requests(handler) -> None:
-    """Has `check_body` follow a handler's own check of a request."""
+    """Has `check_body` follow a handler's own check of a request, which then reads what that has left."""
     validate = handler._validate_request
 
     def validate_and_check(body: dict):
-        request = validate(body)
+        validate(body)
         check_body(body)
-        return request
+        return validate(body)
 
     handler._validate_request = validate_and_check
 
