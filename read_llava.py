@@ -316,8 +316,9 @@ def check_image_size(image_processor, config: LlavaConfig, folder: Path) -> None
         raise ConversionError(
             f"The image processor of {folder} makes images of {made}, but vision_config.image_size is {size}."
         )
-    one_side = isinstance(made, dict) and "shortest_edge" in made and fields.get("do_pad") is False
-    if not is_cropped and (one_side or fields.get("do_resize") is False):
+    is_stretched = not isinstance(made, dict) or {"height", "width"} <= made.keys()  # or else padded to a square
+    is_one_shape = fields.get("do_resize") is not False and (is_stretched or fields.get("do_pad") is not False)
+    if not is_cropped and not is_one_shape:
         raise ConversionError(
             f"The image processor of {folder} makes images of many shapes (do_resize={fields.get('do_resize')}, "
             f"do_center_crop={fields.get('do_center_crop')}, do_pad={fields.get('do_pad')}, size={made}), but the "

@@ -481,12 +481,11 @@ def write_shards(staging: Staging, shards: dict[str, list[Weight]], dtype: torch
         writer.finish()
 
 
-def link_files(staging: Staging, files: dict[str, Path]) -> dict[str, str]:
-    """Makes hard links to files of the source, by their new names. Returns which were copied instead, and why."""
+def link_files(staging: Staging, files: dict[str, Path]) -> None:
+    """Makes hard links to files of the source, by their new names; what cannot be linked is copied, and noted."""
     for name, path in files.items():
         if not _is_copied(staging, name):
             _link_or_copy(staging, name, path)
-    return {name: staging.finished[name]["reason"] for name in files if name in staging.finished}
 
 
 def _is_copied(staging: Staging, name: str) -> bool:
