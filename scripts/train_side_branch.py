@@ -269,6 +269,8 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data) -> di
     # Which --auto_find_batch_size may have made smaller
     batch_size = total_batch_size(arguments, trainer._train_batch_size)
     history = trainer.state.log_history
+    # Of a step that was evaluated twice, as by a run that goes on at its end, the last
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     return {
         "base_model": base_name(options.base or options.model),
         "base_type": "llava" if options.from_llava else "dpvr",
@@ -297,10 +299,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data) -> di
             "max_grad_norm": arguments.max_grad_norm,
         },
         "loss_curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-        # Of a step that a run which goes on evaluates once more, the last
-        "eval_loss_curve": list(
-            {e["step"]: [e["step"], e["eval_loss"]] for e in history if "eval_loss" in e}.values()
-        ),
+        "eval_loss_curve": [[step, loss] for step, loss in evaluated.items()],
         "training_seconds": round(trainer.seconds_trained()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
