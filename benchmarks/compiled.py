@@ -11,7 +11,6 @@ compiled anew, for that shape alone (`dynamic=False`), which takes the time that
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -75,7 +74,7 @@ def table(record: dict) -> str:
         for name, result in run["methods"].items():
             row = [prompt, name]
             for kind in ("eager", "compiled"):
-                row.append("{median:.3g} [{p10:.3g}, {p90:.3g}]".format(**result[f"{kind}_seconds"]))
+                row.append(speed.spread(result[f"{kind}_seconds"]))
                 row.append(f"{result[f'{kind}_ratio']['median']:.3f}")
             rows.append([*row, f"{result['flops_ratio']:.3f}", f"{result['compile_seconds']:.0f}"])
             prompt = ""
@@ -111,11 +110,7 @@ def main() -> int:
     models = speed.make_methods(args, device)[:2]
     meter = speed.Meter(device)
     record = speed.new_record("benchmarks/compiled.py", args) | {"mode": args.mode}
-    for num_vision, num_text in args.prompts:
-        for batch in args.batch:
-            record["runs"].append(measure(models, num_vision, num_text, batch, args, meter))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(record, indent=2) + "\n")  # each prompt as soon as it is measured
+    speed.measure_prompts(record, args, lambda *prompt: measure(models, *prompt, args, meter))
     print(table(record))
     print(f"{args.output}")
     return 0

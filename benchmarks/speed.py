@@ -394,6 +394,11 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
     }
 
 
+def spread(seconds: dict[str, float]) -> str:
+    """A `summary` as the tables show it."""
+    return "{median:.3g} [{p10:.3g}, {p90:.3g}]".format(**seconds)
+
+
 def table(record: dict) -> str:
     """The results as markdown, one row for each method of each prompt, and the conditions they were measured under."""
     results = [result for run in record["runs"] for result in run["methods"].values()]
@@ -402,7 +407,7 @@ def table(record: dict) -> str:
     for run in record["runs"]:
         prompt = prompt_name(run)
         for name, result in run["methods"].items():
-            row = [prompt, name, "{median:.3g} [{p10:.3g}, {p90:.3g}]".format(**result["prefill_seconds"])]
+            row = [prompt, name, spread(result["prefill_seconds"])]
             row += [f"{result['prefill_ratio']['median']:.3f}", f"{result['flops_ratio']:.3f}"]
             if has_host:
                 row.append(f"{result['host_seconds']['median']:.3g}")
@@ -552,6 +557,15 @@ def new_record(script: str, args: argparse.Namespace) -> dict:
     }
 
 
+def measure_prompts(record: dict, args: argparse.Namespace, measured: Callable[[int, int, int], dict]) -> None:
+    """What `measured` gives for vision tokens, text tokens and rows, of each prompt, and writes it at once."""
+    for num_vision, num_text in args.prompts:
+        for batch in args.batch:
+            record["runs"].append(measured(num_vision, num_text, batch))
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
@@ -559,11 +573,7 @@ def main() -> int:
     meter = Meter(device)
     methods = make_methods(args, device)
     record = new_record("benchmarks/speed.py", args)
-    for num_vision, num_text in args.prompts:
-        for batch in args.batch:
-            record["runs"].append(measure(methods, num_vision, num_text, batch, args, meter, device))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(record, indent=2) + "\n")  # each prompt as soon as it is measured
+    measure_prompts(record, args, lambda *prompt: measure(methods, *prompt, args, meter, device))
     print(table(record))
     for run in record["runs"]:
         print(
