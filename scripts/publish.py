@@ -4,15 +4,17 @@
 
 import re
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from scripts.checksums import NAME, read_checksums
+from training.adapter_files import CONFIG_FILE
+from training.card import CARD_FILE, PLOT_FILE
 
-ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
-# What scripts/push_to_hub.py brings, by its names beside SHA256SUMS
-PUSHED = re.compile(r"(additional_chat_templates/)?[^/]+\.(json|safetensors|py|jinja|model|txt)|README\.md|loss\.png")
+MODEL_CONFIG = "config.json"
+# What is pushed of a checkpoint, and all of an adapter but for card and plot
+SUFFIXES = (".json", ".safetensors", ".py", ".jinja", ".model", ".txt")
 # What transformers and the converter call weights; from_pretrained reads model.safetensors before an index
 MODEL_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5}|-base|-side-branch)?\.(safetensors|bin)(\.index\.json)?")
 
@@ -32,6 +34,13 @@ def explain(error: Exception) -> str:
     return f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else str(error)
 
 
+def _is_pushed(name: str) -> bool:
+    """Whether scripts/push_to_hub.py brings such a file, by its name beside SHA256SUMS."""
+    path = PurePosixPath(name)
+    has_place = str(path.parent) in (".", "additional_chat_templates")
+    return (has_place and path.suffix in SUFFIXES) or name in (CARD_FILE, PLOT_FILE)
+
+
 def _brought_before(api: HfApi, repo: str, files: dict[str, Path], present: set[str]) -> set[str]:
     """What the SHA256SUMS that `files` replace name of what a push brings, by its names in the repository. It may name
     what somebody else brought, a licence or pictures."""
@@ -40,7 +49,7 @@ def _brought_before(api: HfApi, repo: str, files: dict[str, Path], present: set[
         with tempfile.TemporaryDirectory(prefix="dpvr-sums-") as folder:
             sums = Path(api.hf_hub_download(repo, path, local_dir=folder))
             try:
-                names |= {path.removesuffix(NAME) + name for name in read_checksums(sums) if PUSHED.fullmatch(name)}
+                names |= {path.removesuffix(NAME) + name for name in read_checksums(sums) if _is_pushed(name)}
             except ValueError:  # somebody else's: no push brought what it names
                 continue
     return names
@@ -56,7 +65,7 @@ def publish(api: HfApi, repo: str, files: dict[str, Path], message: str) -> str:
         HfHubHTTPError: the Hub refuses, or fails; nothing is published then.
     """
     present = set(api.list_repo_files(repo))
-    for new, other in ((ADAPTER_CONFIG, MODEL_CONFIG), (MODEL_CONFIG, ADAPTER_CONFIG)):
+    for new, other in ((CONFIG_FILE, MODEL_CONFIG), (MODEL_CONFIG, CONFIG_FILE)):
         if new in files and other in present:
             raise PublishError(
                 f"{repo} has {other} at its root: an adapter beside a checkpoint would send from_pretrained to the "

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from read_weights import ConversionError, read_json
 from scripts.checksums import write_checksums
-from scripts.publish import PublishError, explain, open_repository, publish
+from scripts.publish import SUFFIXES, PublishError, explain, open_repository, publish
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import (
     CARD_FILE,
@@ -33,7 +33,6 @@ from training.card import (
 )
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)
-CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".py", ".jinja", ".model", ".txt")
 
 
 def files_of(folder: Path) -> tuple[list[Path], bool]:
@@ -56,7 +55,7 @@ def files_of(folder: Path) -> tuple[list[Path], bool]:
         return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()], True
     _check_checkpoint(folder)
     files = [path for pattern in ("[!.]*", "additional_chat_templates/*") for path in sorted(folder.glob(pattern))]
-    return [path for path in files if path.is_file() and path.suffix in CHECKPOINT_SUFFIXES], False
+    return [path for path in files if path.is_file() and path.suffix in SUFFIXES], False
 
 
 def _check_checkpoint(folder: Path) -> None:
