@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import own_template
+from read_weights import reason
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
 from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
@@ -546,7 +547,7 @@ def usable_device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason(error)}") from error
     return text
 
 

@@ -43,7 +43,7 @@ from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_car
 from training.data import BadRows, Collator, ConversationDataset, read_rows
 from training.features import CachedFeatures, CacheError, cache_features, digest
 from training.staged import LOSSES, StagedModel, collate_rows
-from training.trainer import SideBranchTrainer, check_facts, count_trainable, last_checkpoint
+from training.trainer import SideBranchTrainer, check_facts, count_trainable, last_checkpoint, stated_facts
 
 DEFAULTS = {
     "learning_rate": 1e-3,
@@ -317,7 +317,7 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         data, evaluation = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
     facts = facts_of(options, arguments, data)
     if checkpoint:
-        check_facts(checkpoint, facts)  # before features are computed for nothing
+        check_facts(checkpoint, stated_facts(checkpoint), facts)  # before features are computed for nothing
     rows, collate = data, Collator(processor.tokenizer.pad_token_id)
     if options.cache_features:
         rows = cached(options.cache_features / "train", model, data, arguments)

@@ -19,6 +19,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from read_weights import reason
 from training.adapters import check_trained_for, describe_training, plain_name
 from training.staged import IGNORED, predicts
 
@@ -70,22 +71,25 @@ def as_damaged(checkpoint: str | Path):
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):  # no fault of the file
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{checkpoint} is damaged: {reason}. Delete that folder: --resume then goes on from the checkpoint before "
-            "it, if there is one."
+            f"{checkpoint} is damaged: {reason(error)}. Delete that folder: --resume then goes on from the checkpoint "
+            "before it, if there is one."
         ) from error
 
 
-def check_facts(checkpoint: str | Path, facts: dict[str, str]) -> None:
+def stated_facts(checkpoint: str | Path) -> dict[str, str]:
+    """What a checkpoint states of its run."""
+    with as_damaged(checkpoint), safe_open(Path(checkpoint, TRAINED_WEIGHTS), framework="pt") as file:
+        return file.metadata() or {}
+
+
+def check_facts(checkpoint: str | Path, stated: dict[str, str], facts: dict[str, str]) -> None:
     """Compares what a checkpoint states of its run, as far as it does, with this run's.
 
     Raises:
         ValueError: naming the first that differs and both values.
     """
     path = Path(checkpoint, TRAINED_WEIGHTS)
-    with as_damaged(checkpoint), safe_open(path, framework="pt") as file:
-        stated = file.metadata() or {}
     for name, value in facts.items():
         if stated.get(name, value) != value:
             raise ValueError(
@@ -230,7 +234,7 @@ class SideBranchTrainer(Trainer):
                 )
             stated = file.metadata() or {}
             check_trained_for(path, stated, self.model.base)
-            check_facts(checkpoint, self.facts)
+            check_facts(checkpoint, stated, self.facts)
             for name, weight in expected.items():
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(weight.shape):
