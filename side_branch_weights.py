@@ -87,17 +87,25 @@ def make_sample(read: Callable[[str], list[float] | None]) -> dict[str, list[flo
     return {name: [float(f"{value:.6g}") for value in numbers] for name, numbers in values.items() if numbers}
 
 
+def differing_field(stated: dict[str, str], config: DPVRConfig) -> tuple[str, str, str] | None:
+    """The first field of `describe` that metadata state otherwise, with their value and the model's."""
+    for field, value in describe(config).items():
+        if stated.get(field, value) != value:
+            return field, stated[field], value
+    return None
+
+
 def find_mismatch(
     path: Path, stated: dict[str, str], config: DPVRConfig, sample: dict[str, list[float]], base: str
 ) -> str | None:
     """Compares what the metadata of a file of trained weights states, as far as it does, with the model called `base`.
     Returns a sentence that names the first field or weight that differs and both values, or None."""
-    for field, value in describe(config).items():
-        if stated.get(field, value) != value:
-            return (
-                f"{path} was trained for {field}={stated[field]}, but the model has {field}={value}. Take the model "
-                "that it was trained for, or train anew for this one."
-            )
+    if differing := differing_field(stated, config):
+        field, there, value = differing
+        return (
+            f"{path} was trained for {field}={there}, but the model has {field}={value}. Take the model that it was "
+            "trained for, or train anew for this one."
+        )
     try:
         there = json.loads(stated.get("base_sample", "{}"))
         for name, values in sample.items():
@@ -149,13 +157,12 @@ def check_adapter_fits(path: Path, config: DPVRConfig, base: list[Weight], name:
         return next(sources[weight].pieces())[:SAMPLE_SIZE].tolist() if weight in sources else None
 
     stated = read_safetensors(path)[1]
-    for field in ("num_side_layers", "num_fusion_layers"):
-        value = str(getattr(config, field))
-        if (there := stated.get(field, value)) != value:
-            raise ConversionError(
-                f"{path} was trained for {field}={there:.20}, but the model has {field}={value}. Convert with "
-                f"--{field.replace('_', '-')} {there:.20}."
-            )
+    field, there, value = differing_field(stated, config) or ("", "", "")
+    if field in ("num_side_layers", "num_fusion_layers"):
+        raise ConversionError(
+            f"{path} was trained for {field}={there:.20}, but the model has {field}={value}. Convert with "
+            f"--{field.replace('_', '-')} {there:.20}."
+        )
     if mismatch := find_mismatch(path, stated, config, make_sample(read), name):
         raise ConversionError(mismatch)
 
