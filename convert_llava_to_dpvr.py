@@ -40,15 +40,17 @@ from side_branch_weights import (
     check_adapter_fits,
     side_branch_weights,
 )
-from training.card import read_license
+from training.card import UNNAMED, read_license
 from write_checkpoint import (
     Staging,
     check_apart,
     check_disk,
+    check_empty,
     check_output,
     link_files,
     plan_shards,
     staged,
+    was_renamed,
     write_index,
     write_json,
     write_shards,
@@ -104,7 +106,7 @@ class Plan:
     tensors: list[StoredTensor]
     dtype: torch.dtype
 
-    def sources(self) -> dict[str, tuple[int, ...]]:
+    def sources(self) -> dict[str, tuple[int, int, int]]:
         """Every file that is read or linked to, and its version when its header was read."""
         sources = [weight.source for shard in self.shards.values() for weight in shard]
         stored = [source.read if isinstance(source, MadeTensor) else source for source in sources]
@@ -112,9 +114,11 @@ class Plan:
 
     def request(self) -> dict:
         """All that decides about the bytes of the weights, as JSON."""
-        linked = {str(path) for path in self.linked.values()}
+        sources, linked = self.sources(), {str(path) for path in self.linked.values()}
+        # A file may be written over with its time kept, which the time of that tells; a hard link changes it too
+        touched = {path: [Path(path).stat().st_ctime_ns] for path in sources.keys() - linked}
         return {
-            "sources": {path: version[: 3 if path in linked else 4] for path, version in self.sources().items()},
+            "sources": {path: [*version, *touched.get(path, [])] for path, version in sources.items()},
             "linked": {name: str(path) for name, path in self.linked.items()},
             "dtype": str(self.dtype),
             "shards": {
@@ -161,7 +165,7 @@ def write_weights(staging: Staging, plan: Plan, progress: bool) -> None:
     link_files(staging, plan.linked)
     write_shards(staging, plan.shards, plan.dtype, progress)
     for path, version in plan.sources().items():
-        if (now := version_of(Path(path).stat()))[:3] != version[:3]:
+        if (now := version_of(Path(path).stat())) != version:
             raise ConversionError(
                 f"{path} was changed while it was read: it had {version[0]} bytes, now it has {now[0]}, or was "
                 "written again."
@@ -200,11 +204,10 @@ def write_folder(
     plan: Plan,
     summary: "ConversionSummary",
     progress: bool,
-) -> "ConversionSummary":
-    """Everything that the output holds. Returns the summary with what is known only then."""
+) -> None:
+    """Everything that the output holds."""
     folder = staging.folder
     write_weights(staging, plan, progress)
-    summary = dataclasses.replace(summary, **what_was_noted(staging, plan))
     try:
         checkpoint.processor.save_pretrained(folder)
     except OSError:
@@ -216,7 +219,6 @@ def write_folder(
     for name in CODE_FILES:
         (folder / name).write_bytes((HERE / name).read_bytes())
     (folder / "README.md").write_text(model_card(checkpoint, summary), encoding="utf-8")
-    return summary
 
 
 # ---------------------------------------------------------------------------------------------- summary and card
@@ -360,7 +362,7 @@ decoder FLOPs and leaves {cache_ratio:.1%} of its KV cache.
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-name = "path/to/this/folder"  # or its Hub id
+{unnamed}
 {load}
 
 content = [{{"type": "image", "image": "picture.jpg"}}, {{"type": "text", "text": "What is in this picture?"}}]
@@ -409,6 +411,7 @@ def model_card(checkpoint: Checkpoint, summary: ConversionSummary) -> str:
         status=status,
         table="\n".join(f"| {role} | {layers} |" for role, layers in summary.roles.items()),
         share=summary.num_trainable / summary.num_parameters,
+        unnamed=UNNAMED,
         load="\n".join(load_lines("name")),
         **{name: getattr(summary, name) for name in summary.__dataclass_fields__ if name != "source"},
     )
@@ -529,6 +532,8 @@ def convert(
     output = Path(output)
     trained = adapter_file(str(adapter)) if adapter is not None else None
     check_output(output, *(path.resolve() for path in (Path(source), trained) if path and path.exists()))
+    if output.exists() and not was_renamed(output):
+        check_empty(output)
     checkpoint = read_checkpoint(str(source), revision, tokenizer, vision_tower)
     check_apart(output, checkpoint.folder)  # in the Hub's cache
     num_layers = checkpoint.config.text_config.num_hidden_layers
@@ -563,9 +568,9 @@ def convert(
         "chat_template": checkpoint.processor.chat_template,
     }
     with staged(output, request) as staging:
-        if staging.is_done:
-            return dataclasses.replace(summary, **what_was_noted(staging, plan))
-        return write_folder(staging, checkpoint, config, generation_config, plan, summary, progress)
+        if not staging.is_done:
+            write_folder(staging, checkpoint, config, generation_config, plan, summary, progress)
+        return dataclasses.replace(summary, **what_was_noted(staging, plan))
 
 
 EXAMPLES = """\

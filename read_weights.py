@@ -87,7 +87,7 @@ class StoredTensor:
     dtype: torch.dtype | None
     stated_dtype: str
     offset: int | None = None
-    version: tuple[int, ...] | None = None
+    version: tuple[int, int, int] | None = None
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """Its numbers in order, in one-dimensional tensors of at most `PIECE_BYTES`."""
@@ -174,9 +174,9 @@ def is_finite(piece: torch.Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------- one file
 
 
-def version_of(status: os.stat_result) -> tuple[int, ...]:
-    """Size, time of change, inode, and the time at which any of this was set, which also a hard link changes."""
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
+def version_of(status: os.stat_result) -> tuple[int, int, int]:
+    """Size, time of change and inode."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -106,9 +106,9 @@ def was_renamed(output: Path) -> bool:
 
 
 def check_output(output: Path, *sources: Path) -> None:
-    """Refuses to write over anything, into a source, or around it, and what no rename can replace."""
+    """Refuses to write over a source, into it, or around it, and what no rename can replace."""
     try:
-        is_link, target, exists = output.is_symlink(), output.resolve(), output.exists()
+        is_link, target = output.is_symlink(), output.resolve()
     except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
         why = getattr(error, "strerror", None) or error
         raise ConversionError(f"{output} cannot be written: {why}.") from error
@@ -120,8 +120,6 @@ def check_output(output: Path, *sources: Path) -> None:
         raise ConversionError(f"{output} is a mount point, which no rename can replace; give a folder in it.")
     for source in sources:
         check_apart(output, source)
-    if exists and not was_renamed(output):
-        check_empty(output)
 
 
 def check_apart(output: Path, source: Path) -> None:
@@ -141,7 +139,7 @@ def check_apart(output: Path, source: Path) -> None:
 
 
 def check_empty(output: Path) -> None:
-    if not output.is_dir() or any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output} exists and is not an empty folder; nothing is overwritten.")
 
 
@@ -206,8 +204,7 @@ def _resume(output: Path, journal: BinaryIO, request: dict) -> Staging:
     is_same = bool(lines) and lines[0] == json.loads(json.dumps(request))
     if is_same and was_renamed(output):
         return Staging(folder, journal, finished, is_done=True)
-    if output.exists():
-        check_empty(output)
+    check_empty(output)
     if is_same and folder.is_dir():
         staging = Staging(folder, journal, finished)
         whole = text.split(b"\n")[: sum("complete" not in line for line in lines)]

@@ -37,8 +37,7 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
     `output`, which must not exist or be empty."""
     weights = adapter_path(adapter, subfolder)
     check_output(output, weights.resolve(), *([Path(base).resolve()] if Path(base).exists() else []))
-    if output.exists():
-        check_empty(output)
+    check_empty(output)
     if AutoConfig.from_pretrained(base, trust_remote_code=True).model_type == "dpvr":
         model, loaded = AutoModel.from_pretrained(base, trust_remote_code=True, dtype=dtype, output_loading_info=True)
         refuse_missing(loaded, base)
