@@ -266,13 +266,33 @@ class PrunedLlavaModel(LlavaModel):
         last_column: torch.LongTensor | None,
         first_layer: int = 0,
     ) -> torch.Tensor:
-        """The decoder on embeddings `(B, T, D)`: its last, normalized states, `(B, T, D)`.
+        """The decoder on embeddings `(B, T, D)`: its last, normalized states, `(B, T, D)`. Arguments as in
+        `run_layers`."""
+        arguments = (inputs_embeds, is_vision, attention_mask, position_ids, cache, last_column)
+        tokens, hidden_states, all_states = self.run_layers(*arguments, first_layer)
+        return put(all_states, tokens, self.language_model.norm(hidden_states))
+
+    def run_layers(
+        self,
+        inputs_embeds: torch.Tensor,
+        is_vision: torch.BoolTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        cache: Cache,
+        last_column: torch.LongTensor | None,
+        first_layer: int = 0,
+        end_layer: int | None = None,
+    ) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
+        """The tokens that `end_layer` sees, their states `(B, N, D)`, and a tensor `(B, T, D)` to put these in, which
+        holds those of dropped tokens.
 
         Args:
             first_layer: where to begin, if `inputs_embeds` are the states that reach this layer; no stage and no
                 ranking layer may come before it.
+            end_layer: the first layer not to run; by default all run.
         """
         layers = self.language_model.layers
+        end_layer = len(layers) if end_layer is None else end_layer
         stages = {stage.layer: stage for stage in self.stages if stage.layer < len(layers)}
         is_prompt = cache.get_seq_length() == 0
         if is_prompt:  # behind the layers' keys and values: which slots of each stage hold a token
@@ -288,7 +308,7 @@ class PrunedLlavaModel(LlavaModel):
         has_vision, num_kept, widths = self.count_kept(tokens, stages) if is_prompt else (False, {}, {})
         is_ragged = mask is not None or not is_prompt
         hidden_states = all_states = layer_input = inputs_embeds
-        for i, layer in enumerate(layers[first_layer:], start=first_layer):
+        for i in range(first_layer, end_layer + 1):
             if i in stages:
                 if is_prompt:
                     all_states = put(all_states, tokens, hidden_states)
@@ -301,11 +321,12 @@ class PrunedLlavaModel(LlavaModel):
                 slots = cache.update(slots, slots[..., :0], len(layers) + list(stages).index(i))[0]
                 if is_ragged or len(set(widths[i])) > 1:
                     mask = self.make_mask(hidden_states, slots[:, 0, :, 0], cache, i)
-            layer_input = hidden_states
-            hidden_states = layer(
-                hidden_states, attention_mask=mask, position_embeddings=tokens.rotary, **{CACHE: cache}
-            )
-        return put(all_states, tokens, self.language_model.norm(hidden_states))
+            if i < end_layer:
+                layer_input = hidden_states
+                hidden_states = layers[i](
+                    hidden_states, attention_mask=mask, position_embeddings=tokens.rotary, **{CACHE: cache}
+                )
+        return tokens, hidden_states, all_states
 
     def count_kept(
         self, tokens: Tokens, stages: dict[int, Stage]
