@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
@@ -47,6 +48,7 @@ import digits as task
 from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
 from benchmarks.side_branch_seeds import (
+    batches_of,
     check_weights,
     labelled,
     mean_interval,
@@ -55,13 +57,22 @@ from benchmarks.side_branch_seeds import (
     text_batch,
     write_results,
 )
-from benchmarks.side_branch_seeds import train as train_side_branch
+from benchmarks.side_branch_seeds import train as train_late
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from convert_llava_to_dpvr import convert
-from scripts.train_tiny_llava import LONG_BATCH, conversation_text, sample_batch, to_pixel_values, versions
+from scripts.train_tiny_llava import (
+    LONG_BATCH,
+    LONG_TURNS,
+    conversation_text,
+    sample_batch,
+    sample_conversations,
+    to_pixel_values,
+    training_images,
+    versions,
+)
 from training.adapters import add_adapter
-from training.staged import LOSSES, Features, StagedModel, predicts, split_rows
+from training.staged import IGNORED, LOSSES, Features, StagedModel, predicts, split_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 FIGURE = ROOT / "figures" / "quality.png"
@@ -69,6 +80,7 @@ MODELS = ("tiny-llava", "tiny-llava-12")
 SETTINGS = ("questions", "steps", "batch_size", "learning_rate", "pool", "loss")
 TRAININGS = ("untrained", "trained", "trained with fusion")
 LORA = "trained with LoRA"
+LAST = "last layer trained"
 SEEN = {  # in the side branch, by the places of the token that looks and of the one that is looked at
     "earlier vision tokens": torch.ge,
     "all vision tokens": lambda rows, columns: rows == rows,
@@ -77,6 +89,7 @@ SEEN = {  # in the side branch, by the places of the token that looks and of the
 FASTV_RATIOS = (0.25, 0.5, 0.75, 0.9)
 PYRAMID_SHARES = (0.5, 0.25)
 VISION_HEAVY = ("count", "describe")
+KEPT = 0.99  # of dense accuracy: what methods are compared at
 FIRST_QUESTION_SEED = 2000  # other questions than those that trained and chose anything
 
 
@@ -101,6 +114,14 @@ class Routing:
     sees: str = "earlier vision tokens"
 
 
+@dataclass(frozen=True)
+class TrainedLast:
+    """A baseline, or with no stages dense LLaVA, whose last layer, which is DPVR's fusion layer, has trained as that
+    one does: its authors train nothing."""
+
+    stages: tuple[baselines.Stage, ...]
+
+
 def name_of(routing: Routing) -> str:
     name = f"dpvr/{routing.saturation_layer}/{routing.training}"
     if routing.num_side_layers != 1:
@@ -117,10 +138,10 @@ def fractions(num_layers: int, *shares: float) -> list[int]:
     return sorted({max(1, round(share * num_layers)) for share in shares})
 
 
-def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]:
+def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | TrainedLast | Routing]:
     """All methods by name. PyramidDrop's layers are at the authors' shares of the depth, at later and at earlier ones;
     the variants of DPVR stand where vision leaves early, which is where it costs accuracy."""
-    found: dict[str, tuple[baselines.Stage, ...] | Routing] = {"dense": ()}
+    found: dict[str, tuple[baselines.Stage, ...] | TrainedLast | Routing] = {"dense": ()}
     for layer in range(1, num_layers):
         found[f"vtw/{layer}"] = vtw(layer)
     for layer in fractions(num_layers, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4):
@@ -131,6 +152,7 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
         layers = tuple(fractions(num_layers, *shares))
         for share in PYRAMID_SHARES:
             found[f"pyramid/{'-'.join(map(str, layers))}/{share}"] = pyramid_drop(layers, share)
+    found |= {f"{name}/{LAST}": TrainedLast(stages) for name, stages in found.items() if may_gain(stages, num_layers)}
     routings = [Routing(layer, training) for training in TRAININGS for layer in range(1, num_layers)]
     routings += [Routing(layer, "trained with fusion", num_side_layers=0) for layer in range(1, num_layers)]
     for layer in fractions(num_layers, 1 / 8, 1 / 4):
@@ -141,6 +163,12 @@ def methods(num_layers: int) -> dict[str, tuple[baselines.Stage, ...] | Routing]
     for layer, training in [*((layer, "trained") for layer in fractions(num_layers, 1 / 4, 3 / 8)), (1, TRAININGS[2])]:
         routings += [Routing(layer, training, sees=seen) for seen in SEEN if seen != Routing.sees]
     return found | {name_of(routing): routing for routing in routings}
+
+
+def may_gain(stages: tuple[baselines.Stage, ...], num_layers: int) -> bool:
+    """Whether the last layer of a baseline is trained: FastV where the prompt's last token asks, all where vision has
+    gone by half of the depth, for later it costs next to nothing, and dense LLaVA, to tell what training does."""
+    return not stages or (stages[0].layer <= num_layers // 2 and not stages[0].all_ask)
 
 
 def routed_config(dense_config, routing: Routing) -> DPVRConfig:
@@ -164,7 +192,8 @@ def prompt_cost(dense_config, method, vision_tokens: int, text_tokens: int) -> t
         config = routed_config(dense_config, method)
         flops = accounting.prefill_flops(config, vision_tokens, text_tokens).decoder
         return flops, sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
-    arguments = (dense_config, method, vision_tokens, text_tokens)
+    stages = method.stages if isinstance(method, TrainedLast) else method
+    arguments = (dense_config, stages, vision_tokens, text_tokens)
     loads = accounting.read_one_token(baselines.prefill_loads(*arguments))
     flops = accounting.decoder_flops(dense_config, loads) + baselines.ranking_flops(*arguments)
     return flops, baselines.cache_bytes(*arguments)
@@ -235,6 +264,20 @@ def question_batches(processor, seed: int, num_questions: int) -> dict[str, dict
     return batches
 
 
+def single_questions(llava, processor, num_batches: int) -> list[Prepared]:
+    """The conversations of `training_batches`, each question by itself: what a baseline keeps of an image, the first
+    question decides."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    prepared = []
+    for _ in tqdm(range(num_batches), desc="training questions", mininterval=5):
+        grids, conversations, _ = sample_conversations(rng, progress=1.0, short=False)
+        pixel_values = training_images(grids, processor, generator).repeat_interleave(LONG_TURNS, dim=0)
+        texts = [conversation_text([question]) for turns in conversations for question in turns]
+        batch = labelled(processor, text_batch(processor, texts)["input_ids"], pixel_values)
+        prepared.append(prepare(llava, batch, dtype=torch.float16))
+    return prepared
+
+
 def training_batches(llava, processor, num_batches: int) -> list[Prepared]:
     """Conversations of many questions each to train side branches on, the same for every saturation layer."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
@@ -248,6 +291,14 @@ def training_batches(llava, processor, num_batches: int) -> list[Prepared]:
 # Answers
 
 
+def decoder_arguments(model: PrunedLlava, batch: Prepared) -> tuple:
+    """Those of `PrunedLlavaModel.run_layers`, which goes on from where the first stage leaves the dense model."""
+    stage = model.stages[0] if model.stages else None
+    first = 0 if stage is None else min(stage.ranking_layer, stage.layer) if stage.ranks else stage.layer
+    cache = DynamicCache(config=model.config.text_config)
+    return batch.states[first].float(), batch.is_vision, batch.attention_mask, None, cache, batch.last_column, first
+
+
 @torch.no_grad()
 def pruned_accuracy(model: PrunedLlava, stages: tuple[baselines.Stage, ...], batches: list[Prepared]) -> dict:
     """Accuracy of a baseline, or with no stages of the dense model, by kind."""
@@ -256,18 +307,45 @@ def pruned_accuracy(model: PrunedLlava, stages: tuple[baselines.Stage, ...], bat
     for batch in batches:
         states = batch.final_states
         if stages:
-            first = min(stages[0].ranking_layer, stages[0].layer) if stages[0].ranks else stages[0].layer
-            states = model.model.decode(
-                batch.states[first],
-                batch.is_vision,
-                batch.attention_mask,
-                None,
-                DynamicCache(config=model.config.text_config),
-                batch.last_column,
-                first,
-            )[predicts(batch.labels)]
+            states = model.model.decode(*decoder_arguments(model, batch))[predicts(batch.labels)]
         accuracy[batch.kind] = right_answers(model.lm_head(states), batch.labels).float().mean().item()
     return accuracy
+
+
+@torch.no_grad()
+def pruned_features(model: PrunedLlava, stages: tuple[baselines.Stage, ...], batch: Prepared) -> Features:
+    """What the last layer of a baseline starts from; a dropped token is masked as padding is."""
+    model.stages = stages
+    last = len(model.model.language_model.layers) - 1
+    if stages:
+        tokens, states, all_states = model.model.run_layers(*decoder_arguments(model, batch), end_layer=last)
+        states = baselines.put(all_states, tokens, states)
+        is_kept = torch.zeros_like(batch.is_vision).scatter(1, tokens.index, tokens.valid)
+    else:
+        states, is_kept = batch.states[last].float(), batch.attention_mask.bool()
+    return Features(states, torch.zeros_like(is_kept), is_kept.long(), batch.labels, batch.final_states)
+
+
+def masked_rows(features: Features) -> list[dict[str, torch.Tensor]]:
+    """Rows of `split_rows` with dropped tokens and padding in their places, as `collate_masked` takes them."""
+    names = ("hidden_states", "is_vision", "attention_mask", "labels")
+    teachers = features.teacher_states.split(predicts(features.labels).sum(-1).tolist())
+    return [
+        {name: getattr(features, name)[i] for name in names} | {"teacher_states": teacher}
+        for i, teacher in enumerate(teachers)
+    ]
+
+
+def collate_masked(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows of `masked_rows` as a batch for `StagedModel`, padded on the right."""
+
+    def collate(name: str) -> torch.Tensor:
+        values = [row[name] for row in rows]
+        if name == "teacher_states":
+            return torch.cat(values)
+        return pad_sequence(values, batch_first=True, padding_value=IGNORED if name == "labels" else 0)
+
+    return {name: collate(name) for name in rows[0]}
 
 
 @torch.no_grad()
@@ -294,12 +372,41 @@ def routed_accuracy(staged: StagedModel, batches: list[tuple[Prepared, Features]
 
 def measure_baselines(llava_folder: Path, found: dict, held_out: list[list[Prepared]], cells: dict, save) -> None:
     model = PrunedLlava.from_pretrained(llava_folder, dtype=torch.float32).eval()
-    stages = {name: method for name, method in found.items() if not isinstance(method, Routing)}
+    stages = {name: method for name, method in found.items() if isinstance(method, tuple)}
     for name in tqdm(stages, desc="baselines"):
         for seed, batches in enumerate(held_out):
             if str(seed) not in cells.setdefault(name, {}):
                 cells[name][str(seed)] = pruned_accuracy(model, stages[name], batches)
         save()
+
+
+def measure_trained_baselines(
+    llava_folder: Path,
+    found: dict[str, TrainedLast],
+    held_out: list[list[Prepared]],
+    pool: list[Prepared],
+    args,
+    cells: dict,
+    save,
+) -> None:
+    """As `measure_routings`, from the same conversations and for as many steps, of as many answers each."""
+    model = PrunedLlava.from_pretrained(llava_folder, dtype=torch.float32).eval()
+    last = len(model.model.language_model.layers) - 1
+    with tempfile.TemporaryDirectory(prefix="quality-") as folder:  # nothing routed, nothing added: a last layer
+        staged = load_routed(llava_folder, Routing(last, "untrained", num_side_layers=0), Path(folder), args.loss)
+    [layer] = staged.layers()[2]
+    layer.requires_grad_(True)
+    untrained = {name: weight.clone() for name, weight in layer.state_dict().items()}
+    for name, method in tqdm(found.items(), desc="baselines, last layer trained"):
+        missing = [seed for seed in range(len(held_out)) if str(seed) not in cells.setdefault(name, {})]
+        rows = [row for batch in pool for row in masked_rows(pruned_features(model, method.stages, batch))]
+        for seed in missing:
+            layer.load_state_dict(untrained)
+            batches = batches_of(rows, args.batch_size * LONG_TURNS, seed, collate_masked)
+            train_late(staged, batches, args)
+            features = [(batch, pruned_features(model, method.stages, batch)) for batch in held_out[seed]]
+            cells[name][str(seed)] = routed_accuracy(staged, features)
+            save()
 
 
 def load_routed(llava_folder: Path, routing: Routing, folder: Path, loss: str = "answer") -> StagedModel:
@@ -371,7 +478,7 @@ def measure_routings(
                 late["fusion"].requires_grad_("fusion" in routing.training)
             if routing.training != "untrained":
                 rows = rows or [row for batch in pool for row in split_rows(routed_features(staged, batch))]
-                train_side_branch(staged, rows, seed, args)
+                train_late(staged, batches_of(rows, args.batch_size, seed), args)
             mine[str(seed)] = routed_accuracy(staged, batches)
             save()
 
@@ -405,6 +512,11 @@ def measure(name: str, args, record: dict) -> None:
         held_out.append([prepare(llava, batch, kind) for kind, batch in batches.items()])
         result["prompt_lengths"][str(seed)] = prompt_lengths(held_out[-1])
     measure_baselines(folder, missing, held_out, cells, save)
+    trained = {key: method for key, method in missing.items() if isinstance(method, TrainedLast)}
+    num_batches = -(-args.pool // LONG_BATCH)
+    if trained:
+        pool = single_questions(llava, processor, num_batches)
+        measure_trained_baselines(folder, trained, held_out, pool, args, cells, save)
     groups: dict[tuple, list[Routing]] = {}
     for method in missing.values():
         if isinstance(method, Routing):
@@ -416,7 +528,7 @@ def measure(name: str, args, record: dict) -> None:
                 method.saturation_layer,
             )
             groups.setdefault(geometry, []).append(method)
-    pool = training_batches(llava, processor, -(-args.pool // LONG_BATCH)) if groups else []
+    pool = training_batches(llava, processor, num_batches) if groups else []
     for geometry in tqdm(sorted(groups), desc=f"{name}: routings"):
         measure_routings(folder, groups[geometry], held_out, pool, args, cells, save)
 
@@ -451,7 +563,9 @@ class Entry:
     def family(self) -> str:
         """Methods that one curve of the figure joins."""
         first, *rest = self.name.split("/")
-        return " ".join([first, *rest[1:]]) if first == "dpvr" else first
+        if first == "dpvr":
+            return " ".join([first, *rest[1:]])
+        return f"{first}, {LAST}" if rest and rest[-1] == LAST else first
 
 
 def summarize(record: dict) -> list[Entry]:
@@ -528,6 +642,42 @@ def by_layer(record: dict) -> str:
         cells = [percent(entry.accuracy[kind]) for kind in VISION_HEAVY for entry in entries]
         rows.append([model, layer, *map(", ".join, costs), *cells])
     return markdown(header, rows)
+
+
+EQUAL = {  # what is compared where it keeps as much: families by method
+    "VTW": ["vtw"],
+    f"VTW, {LAST}": [f"vtw, {LAST}"],
+    "FastV": ["fastv", "fastv, all ask"],
+    f"FastV, {LAST}": [f"fastv, {LAST}"],
+    "PyramidDrop": ["pyramid"],
+    f"PyramidDrop, {LAST}": [f"pyramid, {LAST}"],
+    "DPVR, side branch trained": ["dpvr trained"],
+    "DPVR, fusion layer trained too": ["dpvr trained with fusion"],
+    "DPVR without side branch, fusion layer trained": ["dpvr trained with fusion no side layers"],
+}
+
+
+def cheapest(record: dict, share: float = KEPT) -> str:
+    """Of each method the setting that keeps `share` of dense accuracy, on the mean of all kinds, for the fewest FLOPs,
+    and the one for the fewest bytes."""
+    rows, found = [], summarize(record)
+    for model in record["models"]:
+        entries = [entry for entry in found if entry.model == model]
+        dense = next(entry for entry in entries if entry.name == "dense").accuracy["all"].mean()
+        for method, families in EQUAL.items():
+            enough = [e for e in entries if e.family in families and e.accuracy["all"].mean() >= share * dense]
+            row = [model, method]
+            for cost in ("flops", "kv_bytes"):
+                best = min(enough, key=lambda entry: getattr(entry, cost), default=None)
+                if best is None:
+                    row += ["none", "", ""]
+                    continue
+                setting = best.name.split("/", 1)[1].removesuffix(f"/{LAST}")
+                setting = setting.split("/")[0] if best.family.startswith("dpvr") else setting
+                row += [setting, f"{100 * getattr(best, cost):.1f}", percent(best.accuracy["all"] / dense)]
+            rows.append(row)
+    costs = [name for cost in ("FLOPs", "KV") for name in (f"fewest {cost}: setting", f"{cost} %", "of dense %")]
+    return markdown(["LLaVA", "method", *costs], rows)
 
 
 def variants(record: dict) -> str:

@@ -24,7 +24,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -129,20 +129,23 @@ def held_out_batches(model: StagedModel, processor, num_questions: int, batch_si
 # One cell
 
 
-def batches_of(rows: list[dict], batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches_of(
+    rows: list[dict], batch_size: int, seed: int, collate: Callable = collate_rows
+) -> Iterator[dict[str, torch.Tensor]]:
     """Batches without end; each pass through the rows in another order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for chosen in torch.randperm(len(rows), generator=generator).split(batch_size):
-            yield collate_rows([rows[i] for i in chosen.tolist()])
+            yield collate([rows[i] for i in chosen.tolist()])
 
 
-def train(model: StagedModel, rows: list[dict], seed: int, args) -> None:
+def train(model: StagedModel, batches: Iterator[dict[str, torch.Tensor]], args) -> None:
+    """`args.steps` steps of all that requires a gradient."""
     branch = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(branch, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, warmup=20))
     model.train()
-    for _, batch in zip(range(args.steps), batches_of(rows, args.batch_size, seed), strict=False):
+    for _, batch in zip(range(args.steps), batches, strict=False):
         model(**batch)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(branch, 1.0)
         optimizer.step()
@@ -237,7 +240,7 @@ def measure(saturation_layer: int, args, record: dict, folder: Path) -> None:
         if loss in LOSSES:
             rows = rows or training_rows(staged, processor, -(-args.pool // LONG_BATCH))
             staged.loss = loss
-            train(staged, rows, seed, args)
+            train(staged, batches_of(rows, args.batch_size, seed), args)
         cells[cell] = evaluate(staged, held_out, dense=loss == "dense")
         write_results(args.output, record)
 

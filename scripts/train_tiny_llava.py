@@ -400,15 +400,24 @@ def answer_mask(ids: torch.Tensor, assistant_id: int, eos_id: int) -> torch.Tens
     return inside & ~head
 
 
-def sample_batch(rng, generator, processor, progress: float, short: bool):
-    """Token ids (B, T), pixel values (B, 3, 48, 48) and, flat, the kind and turn of every answer of a batch."""
+def sample_conversations(
+    rng, progress: float, short: bool
+) -> tuple[list[task.Grid], list[list[task.Question]], np.ndarray]:
+    """Grids to look at, the questions about each of them, and the kinds of these, `(grids, turns)`."""
     turns, size = (SHORT_TURNS, SHORT_BATCH) if short else (LONG_TURNS, LONG_BATCH)
     odds = np.cumsum(FIRST_KINDS if progress < MOSTLY_LOOKUP else LATER_KINDS)
     kinds = np.searchsorted(odds, rng.random((size, turns)) * odds[-1], side="right")
     grids = [task.make_grid(rng, "train") for _ in range(size)]
-    texts = []
-    for grid, row in zip(grids, kinds, strict=True):
-        texts.append(conversation_text([task.ask(rng, grid, task.KINDS[kind]) for kind in row]))
+    questions = [
+        [task.ask(rng, grid, task.KINDS[kind]) for kind in row] for grid, row in zip(grids, kinds, strict=True)
+    ]
+    return grids, questions, kinds
+
+
+def sample_batch(rng, generator, processor, progress: float, short: bool):
+    """Token ids (B, T), pixel values (B, 3, 48, 48) and, flat, the kind and turn of every answer of a batch."""
+    grids, questions, kinds = sample_conversations(rng, progress, short)
+    texts = [conversation_text(turns) for turns in questions]
     encoded = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     return encoded["input_ids"], training_images(grids, processor, generator), torch.from_numpy(kinds)
 

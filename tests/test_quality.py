@@ -13,7 +13,7 @@ from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGenerat
 
 from benchmarks import quality
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
-from benchmarks.quality import Entry, Routing
+from benchmarks.quality import Entry, Routing, TrainedLast
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -118,8 +118,59 @@ def test_going_on_from_the_dense_models_states_changes_nothing(name, pruned, pro
     torch.testing.assert_close(continued[read], whole[read], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["dense", *WEAK])
+@torch.no_grad()
+def test_the_last_layer_that_trains_starts_as_the_baseline_itself(name, pruned, processor, prepared, tmp_path):
+    staged = quality.load_routed(TINY, Routing(7, "untrained", num_side_layers=0), tmp_path)
+    stages = WEAK.get(name, ())
+    for batch in prepared:
+        features = quality.pruned_features(pruned, stages, batch)
+        states = batch.final_states
+        if stages:
+            states = pruned.model.decode(*quality.decoder_arguments(pruned, batch))[quality.predicts(batch.labels)]
+        rows = quality.masked_rows(features)
+        collated = quality.collate_masked(rows)
+        again = quality.Features(**collated)
+        for each in (features, again):
+            torch.testing.assert_close(staged.answer_states(each), states, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again.teacher_states, batch.final_states)
+
+
+def test_a_last_layer_trains_on_the_questions_of_the_conversations(llava, processor):
+    def answers(batches):
+        return torch.cat([batch.labels[batch.labels != -100] for batch in batches]).tolist()
+
+    batches = quality.training_batches(llava, processor, 1)
+    questions = quality.single_questions(llava, processor, 1)
+    assert answers(questions) == answers(batches)
+    assert len(questions[0].labels) == quality.LONG_TURNS * len(batches[0].labels)
+    image = batches[0].is_vision[0]
+    for i in range(quality.LONG_TURNS):  # the image of the conversation that it is from
+        states = questions[0].states[0]
+        torch.testing.assert_close(states[i, questions[0].is_vision[i]], batches[0].states[0][0, image])
+
+
+def test_a_baselines_last_layer_learns_and_every_seed_starts_from_llavas(llava, processor, prepared, monkeypatch):
+    def last_layer(staged, batches) -> float:
+        return staged.layers()[2][0].mlp.up_proj.weight.double().abs().sum().item()
+
+    def measured(cells: dict) -> dict[str, float]:
+        found = {"vtw/3": TrainedLast(vtw(3))}
+        quality.measure_trained_baselines(TINY, found, [prepared] * 2, pool, args, cells, lambda: None)
+        return cells["vtw/3"]
+
+    monkeypatch.setattr(quality, "routed_accuracy", last_layer)
+    args = quality.parse_args(["--steps", "2", "--batch-size", "1"])
+    pool = quality.single_questions(llava, processor, 1)
+    both, second = measured({}), measured({"vtw/3": {"0": "was there"}})
+    assert second == {"0": "was there", "1": both["1"]}
+    assert both["0"] != both["1"]
+    before = llava.model.language_model.layers[-1].mlp.up_proj.weight.double().abs().sum().item()
+    assert before not in both.values()
+
+
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
-    found = {"dense": (), "vtw/6": vtw(6)}
+    found = {"dense": (), "vtw/6": vtw(6), f"vtw/6/{quality.LAST}": TrainedLast(vtw(6))}
     found |= {f"dpvr/6/{training}": Routing(6, training) for training in (*quality.TRAININGS, quality.LORA)}
     monkeypatch.setattr(quality, "methods", lambda num_layers: found)
     output = tmp_path / "quality.json"
@@ -187,6 +238,27 @@ def test_pareto_front_by_hand():
     assert "| m | vtw/1 | 50.0 | 70.0 | 50.0 ±" in quality.table(rows)
 
 
+def test_the_cheapest_setting_that_keeps_as_much_by_hand(monkeypatch):
+    entries = [
+        entry("dense", 1.0, 1.0, [0.9, 1.0]),
+        entry("vtw/3", 0.5, 0.4, [0.8, 0.9]),
+        entry("vtw/4", 0.7, 0.8, [0.9, 1.0]),
+        entry("vtw/5", 0.8, 0.7, [0.9, 0.99]),
+        entry("vtw/4/last layer trained", 0.7, 0.8, [0.9, 1.0]),
+        entry("fastv/2/0.5", 0.6, 0.6, [0.9, 0.9]),
+        entry("dpvr/2/trained with fusion", 0.6, 0.6, [0.9, 0.99]),
+        entry("dpvr/1/trained with fusion/2 fusion layers", 0.1, 0.1, [1.0, 1.0]),
+    ]
+    monkeypatch.setattr(quality, "summarize", lambda record: entries)
+    rows = [line.strip("| ").split(" | ") for line in quality.cheapest({"models": {"m": {}}}).splitlines()[2:]]
+    found = {row[1]: row for row in rows}
+    assert [found["VTW"][i] for i in (2, 3, 5, 6)] == ["4", "70.0", "5", "70.0"]
+    assert found["VTW, last layer trained"][2] == "4"
+    assert found["FastV"][2].strip() == "none"  # the mean is too low
+    assert found["DPVR, fusion layer trained too"][2:4] == ["2", "60.0"]
+    assert found["DPVR, fusion layer trained too"][4].startswith("99.5")
+
+
 def test_costs_are_shares_of_the_dense_model(llava):
     lengths = {40: 3, 60: 1}
     assert quality.relative_cost(llava.config, (), lengths) == (1, 1)
@@ -198,6 +270,9 @@ def test_costs_are_shares_of_the_dense_model(llava):
     routed = quality.relative_cost(llava.config, Routing(4, "trained"), lengths)
     assert shares[3][0] < routed[0] < 1
     assert routed[1] == pytest.approx(1 - 36 / 81 * 3 / 8)
+    assert (
+        quality.relative_cost(llava.config, TrainedLast(vtw(4)), lengths) == shares[3]
+    )  # training costs nothing later
     # five layers of vision and a side branch against five layers: the last one's keys and values are what is left
     beside = quality.relative_cost(llava.config, vtw(5), lengths)
     assert routed[1] == beside[1]
