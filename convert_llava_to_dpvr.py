@@ -29,7 +29,7 @@ from transformers import LlavaConfig
 
 from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, prefill_loads
 from configuration_dpvr import AUTO_MAP, DPVRConfig, proportional_layer
-from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, read_checkpoint
+from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, find_tensors, read_checkpoint
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
 from scripts.publish import explain
 from scripts.push_to_hub import push_to_hub
@@ -66,13 +66,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # ---------------------------------------------------------------------------------------------- output folder
 
 
-def make_dpvr_config(config: LlavaConfig, routing: dict[str, int], dtype: str) -> DPVRConfig:
+def make_dpvr_config(config: LlavaConfig, routing: dict[str, int]) -> DPVRConfig:
+    """Without a dtype, which the weights may have to tell."""
     fields = config.to_dict()
     for part in (fields, fields["text_config"], fields["vision_config"]):
         for name in ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"):
             part.pop(name, None)
     fields.pop("transformers_weights", None)  # the name of a file of the source's
-    fields |= {"dtype": dtype, "architectures": [MODEL_CLASS], "auto_map": AUTO_MAP, **routing}
+    fields |= {"architectures": [MODEL_CLASS], "auto_map": AUTO_MAP, **routing}
     del fields["model_type"]
     try:
         return DPVRConfig(**fields)
@@ -543,8 +544,9 @@ def convert(
         "num_side_layers": num_side_layers,
         "num_fusion_layers": num_fusion_layers,
     }
-    dtype = choose_dtype(dtype, checkpoint)
-    config, generation_config = make_dpvr_config(checkpoint.config, routing, dtype), make_generation_config(checkpoint)
+    config, generation_config = make_dpvr_config(checkpoint.config, routing), make_generation_config(checkpoint)
+    find_tensors(checkpoint)
+    config.dtype = dtype = choose_dtype(dtype, checkpoint)
     base = base_weights(checkpoint)
     branch = side_branch_weights(base, config, side_branch_init, seed)
     if trained:

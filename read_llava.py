@@ -13,7 +13,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -167,18 +167,22 @@ class Checkpoint:
         folder: where its files lie.
         config: its config in the terms of transformers 5, the vocabulary grown if it has to be.
         fields: config.json as stored.
-        tensors: by their names in transformers 5.
         processor: image processor, tokenizer and chat template.
         old_vocab_size: rows of the embeddings in the source.
+        revision: of a source on the Hub.
+        tower: Hub id or folder of a vision tower that lies by itself, and where its files lie.
+        tensors: by their names in transformers 5, once `find_tensors` has found them.
     """
 
     name: str
     folder: Path
     config: LlavaConfig
     fields: dict
-    tensors: dict[str, StoredTensor]
     processor: DPVRProcessor
     old_vocab_size: int
+    revision: str | None = None
+    tower: tuple[str, Path] | None = None
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
 
 def _make_config(build: Callable, path: Path, **fields):
@@ -248,9 +252,7 @@ def read_llava_hf(name: str, revision: str | None, folder: Path, fields: dict, t
     check_image_size(processor.image_processor, config, folder)
     with refusing(f"The processor of {folder} cannot be used"):
         processor = convert_processor(config, processor)
-    fetch_weights(name, revision, folder)
-    tensors = index_tensors(folder, NAMES)
-    return Checkpoint(name, folder, config, fields, tensors, processor, config.text_config.vocab_size)
+    return Checkpoint(name, folder, config, fields, processor, config.text_config.vocab_size, revision)
 
 
 def check_backbone(config: LlavaConfig, path: Path) -> None:
@@ -344,8 +346,7 @@ def check_original(fields: dict, path: Path) -> None:
 def read_original(
     name: str, revision: str | None, folder: Path, fields: dict, tokenizer: str | None, vision_tower: str | None
 ) -> Checkpoint:
-    """A checkpoint in the layout of liuhaotian/llava-v1.5-7b. The weights of its CLIP tower are its own where it has
-    any, as a fine-tune of the tower does."""
+    """A checkpoint in the layout of liuhaotian/llava-v1.5-7b."""
     path = folder / "config.json"
     check_original(fields, path)
     text_config = original_text_config(fields, path)
@@ -357,7 +358,8 @@ def read_original(
         tokens = as_original_tokenizer(tokens)
     if type(longest := fields.get("tokenizer_model_max_length")) is int:
         tokens.model_max_length = longest
-    tower = resolve_tower(vision_tower or fields["mm_vision_tower"], path)
+    vision_tower = vision_tower or fields["mm_vision_tower"]
+    tower = resolve_tower(vision_tower, path)
     vision_config = _from_pretrained(AutoConfig, tower, "The config of the vision tower")
     vision_config = getattr(vision_config, "vision_config", vision_config)
     if vision_config.model_type != "clip_vision_model":  # LLaVA's code reads these in other ways
@@ -382,12 +384,7 @@ def read_original(
         processor = convert_processor(
             config, LlavaProcessor(images, tokens), fields.get("image_aspect_ratio") == "pad"
         )
-    fetch_weights(name, revision, folder)
-    tensors = index_tensors(folder, NAMES)
-    if not any(key.startswith("model.vision_tower.") for key in tensors):
-        fetch_weights(vision_tower or fields["mm_vision_tower"], None, tower)
-        tensors |= index_tensors(tower, CLIP_NAMES)
-    return Checkpoint(name, folder, config, fields, tensors, processor, old_vocab_size)
+    return Checkpoint(name, folder, config, fields, processor, old_vocab_size, revision, (vision_tower, tower))
 
 
 def resolve_tower(name, path: Path) -> Path:
@@ -462,7 +459,8 @@ def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None
 def read_checkpoint(
     source: str, revision: str | None = None, tokenizer: str | None = None, vision_tower: str | None = None
 ) -> Checkpoint:
-    """Reads configs, tokenizer and the names and shapes of all weights of a LLaVA checkpoint, in either layout."""
+    """Reads configs, tokenizer and image processor of a LLaVA checkpoint, in either layout. Its weights, which may be
+    14 GB to fetch, can wait for `find_tensors` until nothing else speaks against it."""
     load_pickled.cache_clear()  # what an earlier call has read may have changed
     folder = resolve_folder(source, revision)
     fields = read_json(folder / "config.json")
@@ -483,6 +481,17 @@ def read_checkpoint(
 
 
 # ---------------------------------------------------------------------------------------------- weights
+
+
+def find_tensors(checkpoint: Checkpoint) -> None:
+    """Fetches the weights if they are on the Hub, and reads the names and shapes of all. Those of a CLIP tower are the
+    checkpoint's own where it has any, as a fine-tune of the tower does."""
+    fetch_weights(checkpoint.name, checkpoint.revision, checkpoint.folder)
+    checkpoint.tensors = index_tensors(checkpoint.folder, NAMES)
+    if checkpoint.tower and not any(key.startswith("model.vision_tower.") for key in checkpoint.tensors):
+        name, folder = checkpoint.tower
+        fetch_weights(name, None, folder)
+        checkpoint.tensors |= index_tensors(folder, CLIP_NAMES)
 
 
 def meta_llava(config: LlavaConfig, path: Path) -> LlavaForConditionalGeneration:

@@ -197,8 +197,9 @@ def main() -> None:
     torch.set_num_threads(1)
     write_checkpoint.MAX_SHARD_BYTES, read_weights.PIECE_BYTES, write_checkpoint.SYNC_BYTES = 40_000, 4096, 8192
     checkpoint = converter.read_checkpoint(source)
+    converter.find_tensors(checkpoint)
     shapes = read_llava.expected_shapes(checkpoint)
-    converter.read_checkpoint = lambda *_: checkpoint
+    converter.read_checkpoint, converter.find_tensors = lambda *_: checkpoint, lambda _: None
     read_llava.expected_shapes = lambda _: shapes
     runs = Runs(Path(source), Path(work), options)
     if mode == "kill":

@@ -816,6 +816,17 @@ def test_hub_names_are_resolved_to_the_files_that_are_needed(tmp_path, monkeypat
     assert "base_model: me/llava\n" in (tmp_path / "dpvr" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("write", [write_llava_hf, write_original])
+def test_a_routing_that_the_source_cannot_have_is_refused_before_its_weights_are_fetched(tmp_path, write, monkeypatch):
+    write(tmp_path / "llava", make_llava())
+    monkeypatch.setattr(read_llava, "snapshot_download", lambda *_, **__: str(tmp_path / "llava"))
+    monkeypatch.setattr(read_llava, "fetch_weights", lambda *_: pytest.fail("fetched"))
+    for options in ({"saturation_layer": 99}, {"num_fusion_layers": 99}, {"num_side_layers": -1}):
+        [name] = options
+        with pytest.raises(ConversionError, match=f"{name}={options[name]} must be"):
+            convert("me/llava", tmp_path / "dpvr", **options)
+
+
 def test_index_cannot_point_outside_the_folder(tmp_path, source):
     index = source / "model.safetensors.index.json"
     (tmp_path / "secret.safetensors").write_bytes(b"")

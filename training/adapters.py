@@ -533,7 +533,7 @@ def from_llava(
     path = None if adapter is None else adapter_path(adapter, **(adapter_kwargs or {}))
     routing = _choose_routing(path, saturation_layer, config.text_config.num_hidden_layers)
     dpvr_class = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
-    config = dpvr_class.config_class(**make_dpvr_config(config, routing, None).to_dict())
+    config = dpvr_class.config_class(**make_dpvr_config(config, routing).to_dict())
     reported = dpvr_class._keys_to_ignore_on_load_missing
     dpvr_class._keys_to_ignore_on_load_missing = [r"\.side_branch\."]  # no fault of the checkpoint, and no news
     try:
