@@ -13,7 +13,6 @@ Example:
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -30,6 +29,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.command import check_output, write_record
 from benchmarks.make_random_llava import write_llava
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "analyze_saturation.py")]
@@ -59,6 +59,11 @@ def main() -> None:
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "analysis.json", help="default: %(default)s"
     )
     args = parser.parse_args()
+    if args.num_layers < 2:
+        parser.error(f"--num-layers {args.num_layers} must be at least 2")
+    if args.hidden_size < 1 or args.hidden_size % 128:
+        parser.error(f"--hidden-size {args.hidden_size} must be a multiple of 128")
+    check_output(parser, args.output)
     if args.work:
         args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="analysis-") as work:
@@ -69,8 +74,7 @@ def main() -> None:
         "settings": {"num_layers": args.num_layers, "hidden_size": args.hidden_size},
         **result,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(args.output, record)
     print(f"{record['seconds']:.0f} s, peak {record['peak_gib']:.1f} GiB\n{args.output}")
 
 

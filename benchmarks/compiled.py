@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import speed
+from benchmarks.command import check_output
 from benchmarks.tables import markdown
 
 RESULTS = ROOT / "benchmarks" / "results" / "compiled.json"
@@ -100,6 +101,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args()
     speed.check_arguments(parser, args)
+    check_output(parser, args.output)
     return args
 
 

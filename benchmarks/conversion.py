@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.command import check_output, write_record
 from benchmarks.tables import markdown
 
 SIZES = {  # GB to the shape of the model: decoder layers, width, layers of the vision tower
@@ -163,6 +164,9 @@ def main() -> int:
     if args.convert:
         convert_here(*args.convert, args.link)
         return 0
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} must be at least 1")
+    check_output(parser, args.output)
     import torch
 
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
@@ -180,8 +184,7 @@ def main() -> int:
                 f"{result['links'][0]['written_bytes'] / 1e9:.3f} GB",
                 flush=True,
             )
-            args.output.parent.mkdir(parents=True, exist_ok=True)  # each size as soon as it is measured
-            args.output.write_text(json.dumps({"machine": machine, "sizes": sizes}, indent=2) + "\n")
+            write_record(args.output, {"machine": machine, "sizes": sizes})  # each as soon as it is measured
     return 0
 
 

@@ -44,6 +44,8 @@ from damaged_sources import DAMAGES, converted_or_refused, read_source
 from llava_checkpoints import make_llava, write_llava_hf, write_original
 from tiny_processor import IMAGE, SIZE, TOKENS, make_processor, noise, original_pixels
 
+from benchmarks.command import check_output, write_record
+
 CONTEXT = 600  # tokens
 MAX_PIXELS = 500_000  # small, so that bombs are cheap to make
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
@@ -429,6 +431,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.inputs < 1:
         parser.error(f"--inputs {args.inputs} must be at least 1")
+    check_output(parser, args.output)
     return args
 
 
@@ -442,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, module in {"hypothesis": hypothesis, "pillow": Image, "transformers": transformers}.items()
     }
     records = json.loads(args.output.read_text()) if args.output.exists() else {}
-    args.output.write_text(json.dumps({**records, args.target: record}, indent=2) + "\n")
+    write_record(args.output, {**records, args.target: record})
     print(f"{args.target}: {record['inputs']} inputs in {record['seconds']:.0f} s: {record['outcomes']}")
     return 0
 

@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
+from benchmarks.command import check_output, write_record
 from benchmarks.tables import markdown
 from convert_llava_to_dpvr import convert
 from read_weights import ConversionError
@@ -208,10 +209,7 @@ def check_weights(path: Path, result: dict, llava, folder: Path) -> None:
 
 
 def write_results(path: Path, record: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=1) + "\n")
-    new.replace(path)
+    write_record(path, record, indent=1)
 
 
 def measure(saturation_layer: int, args, record: dict, folder: Path) -> None:
@@ -340,6 +338,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.table and not args.output.is_file():
         parser.error(f"there is no {args.output} to print a table of")
+    if not args.table:
+        check_output(parser, args.output)
     return args
 
 

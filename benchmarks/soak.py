@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import gc
 import hashlib
-import json
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
+from benchmarks.command import check_output, write_record
 from convert_llava_to_dpvr import convert
 
 WARM_UP = 0.5  # share of the samples before which slopes are not measured: allocators fill their pools, caches fill
@@ -241,8 +241,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args.figure = args.figure or (figure if args.output.resolve() == committed else args.output.with_suffix(".png"))
     if args.every < 1 or args.calls < 2 * args.every:
         parser.error(f"--calls {args.calls} must be at least twice --every {args.every}, and both positive")
-    for path in (args.output, args.figure):
-        path.parent.mkdir(parents=True, exist_ok=True)  # now, and not after all calls
+    check_output(parser, args.output, args.figure)
     return args
 
 
@@ -262,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         "faults": faults,
         **asdict(soak),
     }
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(args.output, record, indent=1)
     draw(args.figure, soak, slopes)
     (held, *held_ends), (objects, *_) = slopes["bytes_per_call"], slopes["objects_per_call"]
     print(

@@ -27,7 +27,6 @@ With `--one-layer` all layers of the decoder have the same weights in memory, so
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -50,6 +49,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import accounting, baselines
 from benchmarks.caches import CACHE, make_cache, stored_bytes
+from benchmarks.command import check_output, write_record
 from benchmarks.make_random_llava import make_config
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
@@ -534,6 +534,7 @@ def parse_args() -> argparse.Namespace:
     check_arguments(parser, args)
     if args.decode_tokens < 1:
         parser.error("--decode-tokens must be at least 1")
+    check_output(parser, args.output)
     return args
 
 
@@ -562,8 +563,7 @@ def measure_prompts(record: dict, args: argparse.Namespace, measured: Callable[[
     for num_vision, num_text in args.prompts:
         for batch in args.batch:
             record["runs"].append(measured(num_vision, num_text, batch))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(record, indent=2) + "\n")
+            write_record(args.output, record)
 
 
 def main() -> int:

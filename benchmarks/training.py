@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accounting import dense_config, flop_counter
+from benchmarks.command import check_output, write_record
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
 from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
@@ -315,11 +316,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--tokens {args.tokens}: give vision and text tokens, such as 576+64")
     if min(args.rounds, args.steps) < 1:
         parser.error(f"--rounds {args.rounds} --steps {args.steps}: give at least 1 of each")
+    check_output(parser, args.output)
     return args
 
 
-def write_record(args, runs: dict[str, list[dict]]) -> dict:
-    """Writes what was measured so far to `--output`."""
+def record_of(args, runs: dict[str, list[dict]]) -> dict:
+    """What was measured so far, and how."""
     names = (
         "layers",
         "text_only",
@@ -332,16 +334,13 @@ def write_record(args, runs: dict[str, list[dict]]) -> dict:
         "one_layer",
     )
     config = make_config(args)
-    record = {
+    return {
         "settings": {name: getattr(args, name) for name in (*names, "rounds", "steps", "warmup")}
         | {"saturation_layer": config.saturation_layer, "text_only": config.num_text_only_layers},
         "device": device_name(args),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         **summarize(runs),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
-    return record
 
 
 def main() -> None:
@@ -359,7 +358,8 @@ def main() -> None:
                 f"{shown['bytes_beyond_weights'] / 1e9:7.3f} GB beyond {shown['frozen_bytes'] / 1e9:.2f} of weights",
                 flush=True,
             )
-            record = write_record(args, runs)  # each at once: the next may be killed for its memory
+            record = record_of(args, runs)
+            write_record(args.output, record)  # each at once: the next may be killed for its memory
     print(ratios(record))
     print(args.output)
 

@@ -1,0 +1,30 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What the benchmarks share as commands: where their record can go, and how it gets there."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+
+def check_output(parser: argparse.ArgumentParser, *paths: Path) -> None:
+    """Makes the folders of these files, and ends with a sentence where one cannot be written: now, and not after what
+    it was to hold has been measured."""
+    for path in paths:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            parser.error(f"{path} cannot be written: {error.strerror}")
+
+
+def write_record(path: Path, record: dict, indent: int = 2) -> None:
+    """Writes JSON; a run that is killed meanwhile leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(record, indent=indent) + "\n")
+    new.replace(path)
