@@ -29,7 +29,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import check_output, write_record
+from benchmarks.command import check_numbers, check_output, write_record
 from benchmarks.make_random_llava import write_llava
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "analyze_saturation.py")]
@@ -59,8 +59,7 @@ def main() -> None:
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "analysis.json", help="default: %(default)s"
     )
     args = parser.parse_args()
-    if args.num_layers < 2:
-        parser.error(f"--num-layers {args.num_layers} must be at least 2")
+    check_numbers(parser, args, 2, "num_layers")
     if args.hidden_size < 1 or args.hidden_size % 128:
         parser.error(f"--hidden-size {args.hidden_size} must be a multiple of 128")
     check_output(parser, args.output)

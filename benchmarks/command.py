@@ -1,11 +1,24 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What the benchmarks share as commands: where their record can go, and how it gets there."""
+"""What the benchmarks share as commands: which numbers mean something, where a record can go and how it gets there."""
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace, least: int, *names: str) -> None:
+    """Ends with a sentence where one of these options, by its name in `args`, is less than `least` or no number."""
+    for name in names:
+        if not (value := getattr(args, name)) >= least or math.isinf(value):
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def check_learning_rate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not 0 < args.learning_rate < math.inf:
+        parser.error(f"--learning-rate {args.learning_rate} must be more than 0")
 
 
 def check_output(parser: argparse.ArgumentParser, *paths: Path) -> None:

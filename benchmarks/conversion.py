@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import check_output, write_record
+from benchmarks.command import check_numbers, check_output, write_record
 from benchmarks.tables import markdown
 
 SIZES = {  # GB to the shape of the model: decoder layers, width, layers of the vision tower
@@ -164,8 +164,7 @@ def main() -> int:
     if args.convert:
         convert_here(*args.convert, args.link)
         return 0
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds} must be at least 1")
+    check_numbers(parser, args, 1, "rounds")
     check_output(parser, args.output)
     import torch
 

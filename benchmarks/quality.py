@@ -47,7 +47,7 @@ import digits as task
 
 from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
-from benchmarks.command import check_output
+from benchmarks.command import check_learning_rate, check_numbers, check_output
 from benchmarks.side_branch_seeds import (
     batches_of,
     check_weights,
@@ -842,6 +842,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
                 f"there is no examples/{name}: train it with python scripts/train_tiny_llava.py "
                 f"--layers {layers if layers.isdigit() else 8} --output examples/{name}"
             )
+    check_numbers(parser, args, 1, "seeds", "questions", "steps", "batch_size", "pool", "threads")
+    check_learning_rate(parser, args)
     check_output(parser, *[args.output] * (not args.report), args.figure)
     return args
 

@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
-from benchmarks.command import check_output, write_record
+from benchmarks.command import check_learning_rate, check_numbers, check_output, write_record
 from benchmarks.tables import markdown
 from convert_llava_to_dpvr import convert
 from read_weights import ConversionError
@@ -339,6 +339,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.table and not args.output.is_file():
         parser.error(f"there is no {args.output} to print a table of")
     if not args.table:
+        check_numbers(parser, args, 0, "seeds")
+        check_numbers(parser, args, 1, "steps", "batch_size", "pool", "questions", "threads")
+        check_learning_rate(parser, args)
         check_output(parser, args.output)
     return args
 

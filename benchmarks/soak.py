@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
-from benchmarks.command import check_output, write_record
+from benchmarks.command import check_numbers, check_output, write_record
 from convert_llava_to_dpvr import convert
 
 WARM_UP = 0.5  # share of the samples before which slopes are not measured: allocators fill their pools, caches fill
@@ -241,6 +241,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args.figure = args.figure or (figure if args.output.resolve() == committed else args.output.with_suffix(".png"))
     if args.every < 1 or args.calls < 2 * args.every:
         parser.error(f"--calls {args.calls} must be at least twice --every {args.every}, and both positive")
+    check_numbers(parser, args, 1, "max_new_tokens")
+    check_numbers(parser, args, 0, "max_bytes_per_call", "max_objects_per_call")  # nothing is more than nan
     check_output(parser, args.output, args.figure)
     return args
 

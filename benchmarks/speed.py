@@ -49,7 +49,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import accounting, baselines
 from benchmarks.caches import CACHE, make_cache, stored_bytes
-from benchmarks.command import check_output, write_record
+from benchmarks.command import check_numbers, check_output, write_record
 from benchmarks.make_random_llava import make_config
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
@@ -510,6 +510,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--layers {args.layers} must be at least 4: PyramidDrop drops at each quarter of them")
     if args.saturation_layer is not None and not 0 < args.saturation_layer < args.layers:
         parser.error(f"--saturation-layer {args.saturation_layer} must be between 1 and {args.layers - 1}")
+    if args.hidden_size < 1 or args.hidden_size % 128:
+        parser.error(f"--hidden-size {args.hidden_size} must be a multiple of 128")
+    check_numbers(parser, args, 1, "threads")
     per_image = accounting.tokens_per_image(make_config(args.layers, args.hidden_size))
     for num_vision, num_text in args.prompts:
         if num_vision % per_image or min(num_vision, num_text) < 1:
@@ -532,8 +535,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args()
     check_arguments(parser, args)
-    if args.decode_tokens < 1:
-        parser.error("--decode-tokens must be at least 1")
+    check_numbers(parser, args, 1, "decode_tokens")
     check_output(parser, args.output)
     return args
 

@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accounting import dense_config, flop_counter
-from benchmarks.command import check_output, write_record
+from benchmarks.command import check_numbers, check_output, write_record
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
 from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
@@ -62,8 +62,6 @@ def make_config(args):
     """LLaVA-1.5-7B's geometry at another depth, with as many vision tokens as asked for."""
     config_class = get_class_from_dynamic_module("configuration_dpvr.DPVRConfig", str(ROOT))
     side = math.isqrt(args.vision_tokens)
-    if side * side != args.vision_tokens:
-        raise SystemExit(f"--tokens: {args.vision_tokens} vision tokens are no square of patches; 576 are 24 x 24.")
     layers = args.layers
     saturation_layer = proportional_layer(layers) if args.text_only is None else layers - 1 - args.text_only
     text = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 32064}
@@ -316,6 +314,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--tokens {args.tokens}: give vision and text tokens, such as 576+64")
     if min(args.rounds, args.steps) < 1:
         parser.error(f"--rounds {args.rounds} --steps {args.steps}: give at least 1 of each")
+    check_numbers(parser, args, 1, "vision_layers", "batch_size", "threads")
+    check_numbers(parser, args, 2, "layers", "text_tokens")  # of the text, half is the answer
+    check_numbers(parser, args, 0, "warmup")
+    if args.text_only is not None and not 0 <= args.text_only <= args.layers - 2:
+        parser.error(f"--text-only {args.text_only} must be between 0 and {args.layers - 2}")
+    if args.hidden_size < 1 or args.hidden_size % 128:
+        parser.error(f"--hidden-size {args.hidden_size} must be a multiple of 128")
+    if args.vision_tokens < 1 or math.isqrt(args.vision_tokens) ** 2 != args.vision_tokens:
+        parser.error(f"--tokens: {args.vision_tokens} vision tokens are no square of patches; 576 are 24 x 24.")
     check_output(parser, args.output)
     return args
 

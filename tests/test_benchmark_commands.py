@@ -33,6 +33,32 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(script, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "sentence"),
+    [
+        (quality, "--seeds 0", "--seeds 0 must be at least 1"),
+        (quality, "--questions -1", "--questions -1 must be at least 1"),
+        (quality, "--learning-rate nan", "--learning-rate nan must be more than 0"),
+        (side_branch_seeds, "--seeds -1", "--seeds -1 must be at least 0"),
+        (side_branch_seeds, "--batch-size 0", "--batch-size 0 must be at least 1"),
+        (side_branch_seeds, "--learning-rate inf", "--learning-rate inf must be more than 0"),
+        (speed, "--threads 0", "--threads 0 must be at least 1"),
+        (compiled, "--hidden-size 100", "--hidden-size 100 must be a multiple of 128"),
+        (training, "--batch-size 0", "--batch-size 0 must be at least 1"),
+        (training, "--warmup -1", "--warmup -1 must be at least 0"),
+        (training, "--text-only 31", "--text-only 31 must be between 0 and 30"),
+        (training, "--tokens 575+64", "575 vision tokens are no square of patches"),
+        (training, "--tokens 576+1", "--text-tokens 1 must be at least 2"),
+        (conversion, "--rounds 0", "--rounds 0 must be at least 1"),
+        (analysis, "--num-layers 1", "--num-layers 1 must be at least 2"),
+        (soak, "--max-bytes-per-call nan", "--max-bytes-per-call nan must be at least 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_at_once(script, options, sentence, monkeypatch, tmp_path, capsys):
+    assert sentence in refusal(monkeypatch, capsys, script, *options.split(), "--output", tmp_path / "record.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_record_is_whole_whenever_its_run_is_killed(monkeypatch, tmp_path):
     path = tmp_path / "new" / "record.json"
     write_record(path, {"runs": [1]})
