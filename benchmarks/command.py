@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -33,6 +34,18 @@ def check_output(parser: argparse.ArgumentParser, *paths: Path) -> None:
                 pass
         except OSError as error:
             parser.error(f"{path} cannot be written: {error.strerror}")
+
+
+def read_record(path: Path, keys: Iterable[str]) -> dict:
+    """A record that an earlier run wrote, which has `keys`; ends with a sentence if there is none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from error
+    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise SystemExit(f"{path} is no record of this benchmark: it has no {', '.join(missing)}.")
+    return record
 
 
 def write_record(path: Path, record: dict, indent: int = 2) -> None:

@@ -22,7 +22,6 @@ written as it is there; an interrupted run goes on where it was.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -47,7 +46,7 @@ import digits as task
 
 from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
-from benchmarks.command import check_learning_rate, check_numbers, check_output
+from benchmarks.command import check_learning_rate, check_numbers, check_output, read_record
 from benchmarks.side_branch_seeds import (
     batches_of,
     check_weights,
@@ -852,7 +851,7 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     if args.report:
-        record = json.loads(args.output.read_text())
+        record = read_record(args.output, ("settings", "models"))
         record["models"] = {name: result for name, result in record["models"].items() if name in args.models}
     else:
         settings = {name: getattr(args, name) for name in SETTINGS}

@@ -20,7 +20,6 @@ Each result is written as it is there; an interrupted run goes on where it was.
 
 import argparse
 import contextlib
-import json
 import shutil
 import sys
 import tempfile
@@ -40,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
-from benchmarks.command import check_learning_rate, check_numbers, check_output, write_record
+from benchmarks.command import check_learning_rate, check_numbers, check_output, read_record, write_record
 from benchmarks.tables import markdown
 from convert_llava_to_dpvr import convert
 from read_weights import ConversionError
@@ -189,7 +188,7 @@ def read_results(path: Path, new: dict) -> dict:
     """The record of an earlier run, which must be one with the settings of `new`, or `new` if there is none."""
     if not path.exists():
         return new
-    record = json.loads(path.read_text())
+    record = read_record(path, new)
     if record["settings"] != new["settings"]:
         raise SystemExit(
             f"{path} was made with {record['settings']}, this run would be with {new['settings']}: choose another "
@@ -201,6 +200,11 @@ def read_results(path: Path, new: dict) -> dict:
 def check_weights(path: Path, result: dict, llava, folder: Path) -> None:
     """Refuses to mix results of other weights with those of this run."""
     weights = fingerprint(llava)
+    if result["cells"] and "weights" not in result:
+        raise SystemExit(
+            f"{path} does not say of which weights of {folder.name} its results are: choose another --output, or "
+            "delete it."
+        )
     if result.setdefault("weights", weights) != weights:
         raise SystemExit(
             f"{path} has results of {folder.name} with weights of fingerprint {result['weights']}, but those of "
@@ -350,7 +354,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     if args.table:
-        record = json.loads(args.output.read_text())
+        record = read_record(args.output, ("settings", "cells"))
     else:
         settings = {name: getattr(args, name) for name in SETTINGS}
         record = read_results(args.output, {"settings": settings, "versions": versions(), "cells": {}})

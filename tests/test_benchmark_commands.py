@@ -72,3 +72,30 @@ def test_a_record_is_whole_whenever_its_run_is_killed(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_record(path, {"runs": [1, 2]})
     assert json.loads(path.read_text()) == {"runs": [1]}
+
+
+def test_a_record_that_is_none_is_named(monkeypatch, tmp_path):
+    path = tmp_path / "record.json"
+    broken = (('{"settings": ', "cannot be read"), ("[]", "no settings"), ('{"settings": {}}', "it has no "))
+    for content, why in broken:
+        path.write_text(content)
+        for script, report in ((quality, "--report"), (side_branch_seeds, "--table")):
+            for options in ([], [report]):
+                monkeypatch.setattr(sys, "argv", ["benchmark", "--output", str(path), *options])
+                with pytest.raises(SystemExit, match=why) as refused:
+                    script.main()
+                assert str(path) in str(refused.value)
+        assert path.read_text() == content
+
+
+def test_results_that_do_not_say_of_which_weights_they_are_get_no_others_beside_them(monkeypatch, tmp_path):
+    path = tmp_path / "record.json"
+    monkeypatch.setattr(side_branch_seeds, "fingerprint", lambda llava: "of today")
+    with pytest.raises(SystemExit, match="does not say of which weights of llava its results are"):
+        side_branch_seeds.check_weights(path, {"cells": {"3/dense": {}}}, None, tmp_path / "llava")
+    result = {"cells": {}}
+    side_branch_seeds.check_weights(path, result, None, tmp_path / "llava")
+    assert result["weights"] == "of today"
+    for script in (quality, side_branch_seeds):
+        record = json.loads(script.RESULTS.read_text())
+        assert all(result["weights"] for result in record.get("models", {"one": record}).values())
