@@ -623,6 +623,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("questions", "num_fusion_layers", "samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name in ("seed", "maps"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)} must be at least 0")
     if not args.kl_threshold >= 0:
         parser.error(f"--kl-threshold {args.kl_threshold} must be at least 0")
     is_restart = args.restart

@@ -611,9 +611,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1000, help="evaluated, of each kind (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
-    for name in ("layers", "questions"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    steps = {"tower_steps": 0, "text_steps": 0, "steps": 0}
+    for name, least in {"layers": 1, "questions": 1, "threads": 1, "seed": 0, **steps}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     step = 2 * NUM_HEADS  # rotary embedding splits the size of a head in two
     if args.hidden_size < step or args.hidden_size % step:
         parser.error(f"--hidden-size must be a multiple of {step} ({NUM_HEADS} heads), got {args.hidden_size}")

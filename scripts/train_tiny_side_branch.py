@@ -12,6 +12,7 @@ Shape letters: B conversations, T tokens, N answer tokens of a batch, V vocabula
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -108,9 +109,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=500, help="evaluated, of each kind (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
-    for name in ("questions", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, least in (("questions", 1), ("steps", 1), ("threads", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if not 0 < args.learning_rate < math.inf:
+        parser.error(f"--learning-rate must be more than 0, got {args.learning_rate}")
     # The directory is replaced as a whole: one that this script did not write must not be lost
     if args.output.exists() and Path(__file__).name not in str(read_record(args.output).get("command")):
         parser.error(f"--output {args.output} exists and holds no training.json of this script")

@@ -1001,6 +1001,8 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
         ("--device", "cuda:99", "'cuda:99' cannot be used: "),
         ("--kl-threshold", "-1", "-1.0 must be at least 0"),
         ("--kl-threshold", "nan", "nan must be at least 0"),
+        ("--seed", "-1", "--seed -1 must be at least 0"),
+        ("--maps", "-1", "--maps -1 must be at least 0"),
     ],
 )
 def test_values_of_options_that_cannot_be_are_refused(option, value, message, tmp_path, capsys):

@@ -186,11 +186,21 @@ def test_embedded_models_are_not_trained_into_a_folder_of_something_else(tmp_pat
     ("script", "options", "status", "why"),
     [
         ("scripts/train_tiny_side_branch.py", "--steps 0", 2, "--steps must be at least 1, got 0"),
+        ("scripts/train_tiny_side_branch.py", "--seed -1", 2, "--seed must be at least 0, got -1"),
+        (
+            "scripts/train_tiny_side_branch.py",
+            "--learning-rate nan",
+            2,
+            "--learning-rate must be more than 0, got nan",
+        ),
+        ("scripts/train_tiny_llava.py", "--seed -1", 2, "--seed must be at least 0, got -1"),
+        ("scripts/train_tiny_llava.py", "--tower-steps -1", 2, "--tower-steps must be at least 0, got -1"),
+        ("scripts/train_tiny_llava.py", "--threads 0", 2, "--threads must be at least 1, got 0"),
         ("scripts/train_tiny_side_branch.py", "--saturation-layer 99", 1, "error: saturation_layer=99 must be "),
         ("benchmarks/side_branch_seeds.py", "--saturation-layers 99", 1, "error: saturation_layer=99 must be "),
     ],
 )
-def test_steps_and_layers_that_there_are_not_are_refused_with_a_sentence(tmp_path, script, options, status, why):
+def test_numbers_that_mean_nothing_are_refused_with_a_sentence(tmp_path, script, options, status, why):
     command = [sys.executable, ROOT / script, *options.split(), "--output", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == status
