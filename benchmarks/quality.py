@@ -853,6 +853,8 @@ def main() -> int:
     if args.report:
         record = read_record(args.output, ("settings", "models"))
         record["models"] = {name: result for name, result in record["models"].items() if name in args.models}
+        if not record["models"]:
+            raise SystemExit(f"{args.output} has no results of {', '.join(args.models)}.")
     else:
         settings = {name: getattr(args, name) for name in SETTINGS}
         record = read_results(args.output, {"settings": settings, "models": {}})

@@ -53,6 +53,7 @@ from benchmarks.command import check_numbers, check_output, write_record
 from benchmarks.make_random_llava import make_config
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
+from scripts.analyze_saturation import usable_device
 
 CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
 ROUTING = sys.modules[CODE.__module__]
@@ -489,7 +490,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--saturation-layer", type=int, metavar="S", help="default: 18 of 32")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--prompts",

@@ -49,6 +49,7 @@ from benchmarks.accounting import dense_config, flop_counter
 from benchmarks.command import check_numbers, check_output, write_record
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
+from scripts.analyze_saturation import usable_device
 from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
 from training.staged import IGNORED, StagedModel, collate_rows, split_rows
 
@@ -302,7 +303,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="measured in each process (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before these (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--device", type=usable_device, choices=["cpu", "cuda"], default="cpu", help="default: %(default)s"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--folder", help="for the cached features (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")

@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+from benchmarks.command import write_record
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import own_template
@@ -612,7 +613,7 @@ def analyze(args: argparse.Namespace) -> dict:
     settings, rows = run(args, samples)
     summary = summarize(settings, rows, args.kl_threshold, command_of(args))
     summary["label"] = args.label or Path(settings["model"]).name
-    (args.output / "saturation.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_record(args.output / "saturation.json", summary, indent=1)
     write_report(args.output, summary, other, args.map_layers)
     return summary
 

@@ -43,6 +43,8 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(script, monkeypatch
         (side_branch_seeds, "--batch-size 0", "--batch-size 0 must be at least 1"),
         (side_branch_seeds, "--learning-rate inf", "--learning-rate inf must be more than 0"),
         (speed, "--threads 0", "--threads 0 must be at least 1"),
+        (speed, "--device gpu", "'gpu' cannot be used: "),
+        (training, "--device gpu", "'gpu' cannot be used: "),
         (compiled, "--hidden-size 100", "--hidden-size 100 must be a multiple of 128"),
         (training, "--batch-size 0", "--batch-size 0 must be at least 1"),
         (training, "--warmup -1", "--warmup -1 must be at least 0"),
@@ -86,6 +88,12 @@ def test_a_record_that_is_none_is_named(monkeypatch, tmp_path):
                     script.main()
                 assert str(path) in str(refused.value)
         assert path.read_text() == content
+
+
+def test_a_report_on_a_model_without_results_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--report", "--models", "other"])
+    with pytest.raises(SystemExit, match=r"quality\.json has no results of other\."):
+        quality.main()
 
 
 def test_results_that_do_not_say_of_which_weights_they_are_get_no_others_beside_them(monkeypatch, tmp_path):
