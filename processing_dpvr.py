@@ -201,7 +201,8 @@ def _check_prompts(text: list) -> None:
         raise ValueError("`text` is an empty list; give at least one prompt.")
     for row, prompt in enumerate(text):
         if not isinstance(prompt, str):
-            raise ValueError(f"Prompt {row} is a {type(prompt).__name__}, not a string.")
+            hint = " `apply_chat_template` makes a prompt of chat messages." * isinstance(prompt, dict)
+            raise ValueError(f"Prompt {row} is a {type(prompt).__name__}, not a string.{hint}")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
