@@ -23,13 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import (
-    CLIPImageProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 OLD_NAMES = [
     (r"^lm_head\.", "language_model.lm_head."),
@@ -113,6 +107,8 @@ def write_llava(
     seed: int = 0,
 ) -> None:
     """A whole checkpoint in the new folder `output`: config, processor, weights."""
+    from transformers import CLIPImageProcessor  # here, for it warns where torchvision is missing
+
     output.mkdir(parents=True)
     config = make_config(num_layers, hidden_size, tower_layers)
     config.save_pretrained(output)
