@@ -473,6 +473,15 @@ def test_a_4d_mask_is_routed_as_the_2d_mask_that_it_stands_for(model):
         assert_close(actual, reference)
 
 
+def test_a_4d_mask_may_be_one_for_all_rows_and_additive(model):
+    batch = without(make_batch(["ttIt", "tItt"]), "attention_mask")
+    seen = torch.ones(7, 7).tril().bool()[None, None]
+    expected = model(**batch).logits
+    assert_close(model(**batch, attention_mask=seen).logits, expected)
+    additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    assert_close(model(**batch, attention_mask=additive).logits, expected)
+
+
 # --- what cannot be known is refused -------------------------------------------------------------------------------
 
 
