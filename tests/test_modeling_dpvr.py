@@ -532,8 +532,23 @@ def test_a_cache_of_another_geometry_is_refused(models, make_cache):
         make_cache(config=models[2, 1, 1].config, max_cache_len=20) if make_cache is StaticCache else DynamicCache()
     )
     models[2, 1, 1](**make_batch(["ttItt"]), past_key_values=cache)
-    with pytest.raises(ValueError, match="holds 8 tokens, but this model"):
-        models[5, 1, 1](input_ids=torch.tensor([[9]]), past_key_values=cache)
+    deeper = make_dpvr(0, text_config(num_hidden_layers=NUM_LAYERS + 1), 2, 1, 2)  # the same layers fuse first
+    for other in (models[5, 1, 1], models[2, 0, 1], make_dpvr(0, None, 2, 1, 2), deeper):
+        with pytest.raises(ValueError, match="holds 8 tokens, but this model"):
+            other(input_ids=torch.tensor([[9]]), past_key_values=cache)
+
+
+def test_an_empty_cache_that_was_made_for_another_depth_is_refused(model):
+    text = {"input_ids": torch.tensor([[9]])}
+    cache = DynamicCache(config=text_config(num_hidden_layers=NUM_LAYERS + 1))
+    with pytest.raises(ValueError, match="has 7 layers and holds 0 tokens"):
+        model(**text, past_key_values=cache)
+    cache = DynamicCache()
+    model(**text, past_key_values=cache)
+    cache.reset()  # its layers are those of a decoder of 6 and of its streams
+    deeper = make_dpvr(text=text_config(num_hidden_layers=len(cache.layers)))
+    with pytest.raises(ValueError, match="has 9 layers and holds 0 tokens"):
+        deeper(**text, past_key_values=cache)
 
 
 def test_a_cache_filled_before_the_layer_was_changed_is_refused(model):
