@@ -512,6 +512,34 @@ def test_image_tokens_of_a_prompt_without_images_are_text_as_they_are_to_llava(m
         assert_close(actual, reference)
 
 
+def test_tokens_and_images_that_come_in_two_ways_or_none_are_refused(model):
+    batch = make_batch(["tIt"])
+    for tokens in (without(batch, "input_ids"), {**batch, "inputs_embeds": embed(model, batch)}):
+        with pytest.raises(ValueError, match="Pass exactly one of input_ids and inputs_embeds"):
+            model(**tokens)
+    features = {"image": model.get_image_features(batch["pixel_values"], return_dict=True)}
+    with pytest.raises(ValueError, match="not both: they are the same images"):
+        model(**batch, mm_encoder_outputs=features)
+
+
+def test_a_token_of_another_type_than_1_is_text(model):
+    batch = without(make_batch(["ttt"]), "pixel_values")
+    types = torch.tensor([[0, 2, 3]])
+    assert torch.equal(model(**{**batch, "mm_token_type_ids": types}).logits, model(**batch).logits)
+
+
+def test_a_single_token_after_a_cache_is_vision_if_an_image_comes_with_it(model):
+    batch = make_batch(["tIt"])
+    outputs = model.get_image_features(batch["pixel_values"], return_dict=True)
+    features, expected = outputs.pooler_output[0], model(**batch).logits
+    cache, logits = DynamicCache(), []
+    for i, token in enumerate(batch["input_ids"][0]):
+        outputs.pooler_output = [features[i - 1 : i]]
+        images = {"mm_encoder_outputs": {"image": outputs}} if token == IMAGE else {}
+        logits.append(model(input_ids=token[None, None], past_key_values=cache, **images).logits)
+    assert_close(torch.cat(logits, 1), expected)
+
+
 def test_a_wrong_number_of_images_is_refused_with_both_numbers(model):
     batch = make_batch(["tIt", "II"])
     with pytest.raises(ValueError, match=r"hold 12 image tokens \(by row: \[4, 8\]\) but the images give 8 features"):
