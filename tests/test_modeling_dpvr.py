@@ -816,6 +816,19 @@ def test_packed_sequences_are_refused(model, options):
     batch = without(make_batch(["tttttt"]), "attention_mask")
     with pytest.raises(ValueError, match="packed"):
         model(**batch, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), **options)
+    with pytest.raises(ValueError, match="packed"):
+        model(**batch, cu_seq_lens_q=torch.tensor([0, 3, 6]), position_ids=torch.arange(6)[None], **options)
+
+
+def test_positions_that_leave_gaps_or_repeat_are_packed_sequences_only_without_a_cache(model):
+    """As transformers takes them."""
+    batch = without(make_batch(["tttttt"]), "attention_mask")
+    for places in ([0, 1, 2, 8, 9, 10], [0, 0, 0, 1, 2, 3]):
+        placed = {**batch, "position_ids": torch.tensor([places])}
+        expected = model(**placed, attention_mask=torch.ones(1, 6).long()).logits
+        assert_close(model(**placed).logits, expected)
+        with pytest.raises(ValueError, match="packed"):
+            model(**placed, use_cache=False)
 
 
 def test_a_prompt_longer_than_the_sliding_window_is_refused():
