@@ -836,6 +836,9 @@ def test_a_prompt_longer_than_the_sliding_window_is_refused():
     model(**make_batch(["ttItt"]))
     with pytest.raises(ValueError, match="9 tokens exceed text_config.sliding_window=8"):
         model(**make_batch(["ttIttt"]))
+    cache = model(**make_batch(["ttItt"])).past_key_values
+    with pytest.raises(ValueError, match="9 tokens exceed text_config.sliding_window=8"):
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
 
 
 @pytest.mark.parametrize(
