@@ -298,6 +298,7 @@ def test_nothing_of_the_side_branch_runs_without_an_image(model):
     calls = []
     handle = model.model.side_branch.register_forward_hook(lambda *_: calls.append(1))
     model(**make_batch(["tt", "t"]))
+    copy.deepcopy(model).train()(**make_batch(["tt", "t"]))  # without gradients
     handle.remove()
     assert not calls
 
