@@ -385,6 +385,14 @@ def test_a_manual_loop_without_mm_token_type_ids_gives_the_right_logits(model, s
         assert_close(outputs.logits[:, -1], whole.logits[:, -1])
 
 
+def test_whether_there_is_a_cache_says_the_config_unless_the_call_does(model):
+    model, batch = copy.deepcopy(model), make_batch(["ttIt"])
+    assert getattr(model(**batch), CACHE) is not None
+    model.config.text_config.use_cache = False
+    assert getattr(model(**batch), CACHE) is None
+    assert getattr(model(**batch, use_cache=True), CACHE) is not None
+
+
 def test_a_second_call_and_a_second_model_change_nothing(model):
     batch = make_batch(RAGGED)
     first = model(**batch).logits
