@@ -1177,14 +1177,18 @@ def test_an_interrupt_while_both_kinds_are_under_way_leaves_no_stream_behind(cud
     assert cuda_streams[-1] == "main waits for side"
 
 
-@pytest.mark.parametrize("order", ["text", "kept keys", "gradients", "processes", "compiled", "hook"])
+@pytest.mark.parametrize(
+    "order", ["text", "image", "kept keys", "gradients", "processes", "compiling", "compiled", "hook"]
+)
 def test_where_others_order_the_work_one_kind_follows_the_other(cuda_streams, monkeypatch, model, order):
     model, options = copy.deepcopy(model), {"use_cache": False}
-    batch = make_batch(["ttt" if order == "text" else "ttItt"])
+    batch = make_batch([{"text": "ttt", "image": "I"}.get(order, "ttItt")])
     if order == "kept keys":
         options = {"use_cache": True}
     elif order == "processes":
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    elif order == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     elif order == "compiled":
         model.model.side_branch.layers[0].mlp.compile(backend="eager")
     elif order == "hook":  # as accelerate brings weights
