@@ -1039,9 +1039,12 @@ def test_the_last_layer_computes_only_what_is_read(text):
     assert set(map(tuple, widths.values())) == {(width,)}
 
 
-@pytest.mark.parametrize("wrap", ["pre-hook", "replaced forward", "offloading", "quantized layer", "recording"])
+@pytest.mark.parametrize(
+    "wrap", ["pre-hook", "replaced forward", "offloading", "quantized layer", "states", "attentions"]
+)
 def test_the_last_layer_runs_whole_where_its_tokens_cannot_come_in_two_parts(wrap):
     dpvr, batch, widths, options = make_dpvr(), make_batch(["ttItt", "tI"]), [], {}
+    dpvr.set_attn_implementation("eager" if wrap == "attentions" else "sdpa")
     expected = dpvr(**batch).logits[:, -1:]
     layer = dpvr.model.language_model.layers[-1]
     layer.mlp.register_forward_hook(lambda _, args, output: widths.append(args[0].shape[1]))
@@ -1050,8 +1053,8 @@ def test_the_last_layer_runs_whole_where_its_tokens_cannot_come_in_two_parts(wra
     elif wrap == "replaced forward":  # as accelerate fetches weights
         forward = layer.forward
         layer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-    elif wrap == "recording":
-        options = {"output_hidden_states": True}
+    elif wrap in ("states", "attentions"):
+        options = {"output_hidden_states" if wrap == "states" else "output_attentions": True}
     else:
         cache = options["past_key_values"] = DynamicCache(config=dpvr.config.text_config)
         if wrap == "quantized layer":
@@ -1705,6 +1708,7 @@ def test_train_with_gradient_checkpointing_keeps_no_cache_and_loses_none():
         outputs = model(**batch, past_key_values=cache, use_cache=True)
         torch.testing.assert_close(outputs.logits, expected)
         assert getattr(outputs, CACHE) is None
+    torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, expected[:, -1:])
     with torch.no_grad():
         filled = getattr(model.eval()(**batch), CACHE)
     step = {"input_ids": torch.full((2, 1), 9), "past_key_values": filled}
