@@ -663,6 +663,14 @@ def test_a_side_branch_in_float32_runs_in_a_model_of_bfloat16():
         assert_close(model(**make_batch(["ttItt"])).logits, expected, tolerance=0.1)
 
 
+def test_image_features_of_float32_are_taken_by_a_decoder_of_bfloat16():
+    model, batch = make_dpvr().to(torch.bfloat16), make_batch(["ttItt"])
+    outputs = model.get_image_features(batch.pop("pixel_values").bfloat16(), return_dict=True)
+    expected = model(**batch, mm_encoder_outputs={"image": outputs}).logits
+    outputs.pooler_output = [features.float() for features in outputs.pooler_output]
+    assert torch.equal(model(**batch, mm_encoder_outputs={"image": outputs}).logits, expected)
+
+
 def test_continuous_batching_is_refused_with_a_word(model):
     with pytest.raises(ValueError, match="Continuous batching .* Use generate, with padded batches"):
         model.generate_batch(inputs=[[7, 8, 9]], generation_config=GenerationConfig(max_new_tokens=2))
