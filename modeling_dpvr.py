@@ -654,7 +654,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        num_seen = cache.get_seq_length() if cache is not None and self.has_filled(cache) else 0
+        num_seen = 0 if cache is None else cache.get_seq_length()
         is_vision = self.find_vision_tokens(
             input_ids, inputs_embeds, mm_token_type_ids, image_features is not None, num_seen
         )

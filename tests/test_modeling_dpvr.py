@@ -1722,6 +1722,9 @@ def test_train_with_gradient_checkpointing_keeps_no_cache_and_loses_none():
     step = {"input_ids": torch.full((2, 1), 9), "past_key_values": filled}
     with pytest.raises(ValueError, match="layers with gradient checkpointing drop caches"):
         model.train()(**step)
+    foreign = getattr(make_llava()(input_ids=torch.tensor([[7, 8]])), CACHE)
+    with pytest.raises(ValueError, match=r"goes on from tokens in a cache \(2 there"):
+        model(input_ids=torch.tensor([[9]]), past_key_values=foreign)
     wide = torch.ones(2, batch["input_ids"].shape[1] + 1).long()
     with pytest.raises(ValueError, match="goes on from tokens in a cache"):  # that the layers have dropped
         model(input_ids=step["input_ids"], attention_mask=wide)
