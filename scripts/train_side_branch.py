@@ -43,7 +43,14 @@ from training.card import CARD_FILE, PLOT_FILE, RUN_FILE, has_own_card, make_car
 from training.data import BadRows, Collator, ConversationDataset, read_rows
 from training.features import CachedFeatures, CacheError, cache_features, digest
 from training.staged import LOSSES, StagedModel, collate_rows
-from training.trainer import SideBranchTrainer, check_facts, count_trainable, last_checkpoint, stated_facts
+from training.trainer import (
+    SideBranchTrainer,
+    check_facts,
+    count_trainable,
+    end_process,
+    last_checkpoint,
+    stated_facts,
+)
 
 DEFAULTS = {
     "learning_rate": 1e-3,
@@ -390,4 +397,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -137,6 +137,7 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import conftest, torch
 from tiny import DPVRForConditionalGeneration, make_batch
+from training.trainer import end_process
 from transformers.distributed import DistributedConfig
 
 kind, folder, output = sys.argv[1:]
@@ -159,6 +160,7 @@ shapes = {{name: tuple(p.to_local().shape) for name, p in model.named_parameters
 rank = torch.distributed.get_rank()
 torch.save((logits, shapes), f"{{output}}.{{rank}}")
 torch.distributed.destroy_process_group()
+end_process(0)
 """
 
 

@@ -196,6 +196,7 @@ import conftest, torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tiny_training import staged, training_batch
+from training.trainer import end_process
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
@@ -224,6 +225,7 @@ for kind, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
     grads = {{name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}}
     torch.save(grads, f"{{sys.argv[1]}}.{{kind}}.{{rank}}")
 torch.distributed.destroy_process_group()
+end_process(0)
 """
 
 
@@ -249,6 +251,32 @@ def test_processes_of_which_one_has_no_image_train_as_one_process_does(tmp_path)
     for kind in ("ddp", "fsdp2"):
         for rank in range(2):
             assert_same(torch.load(tmp_path / f"out.{kind}.{rank}"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_one_of_several_processes_ends_before_the_interpreter_does(world_size):
+    """What may still happen then aborts it. Its output, its status and what is due at its exit are not lost."""
+    program = f"""
+import atexit, sys
+sys.path.insert(0, {str(ROOT)!r})
+from training.trainer import end_process
+
+class Kept:
+    def __del__(self, write=print):
+        write("end of the interpreter", flush=True)
+
+kept = Kept()
+atexit.register(print, "exit functions")
+print("output", end=", ")
+end_process(3)
+"""
+    environment = {**os.environ, "WORLD_SIZE": world_size}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 3, result.stderr
+    ended = "end of the interpreter\n" if world_size == "1" else ""
+    assert result.stdout == "output, exit functions\n" + ended
 
 
 # --- data
@@ -1125,7 +1153,7 @@ from accelerate_on_cpu import take_cpus_for_gpus
 
 take_cpus_for_gpus()
 from scripts import train_side_branch
-from training.trainer import SideBranchTrainer, trainable
+from training.trainer import SideBranchTrainer, end_process, trainable
 
 save_model = SideBranchTrainer.save_model
 
@@ -1139,7 +1167,7 @@ def save_sharded_model(trainer, *args, **kwargs):
 
 
 SideBranchTrainer.save_model = save_sharded_model
-sys.exit(train_side_branch.main())
+end_process(train_side_branch.main())
 """
 
 

@@ -2,11 +2,15 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Transformers' Trainer for a model of which a few percent train: its checkpoints hold these, not the whole model."""
 
+import atexit
 import contextlib
 import json
+import os
 import pickle
+import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +49,18 @@ def count_trainable(model: nn.Module) -> tuple[int, int, str]:
     )
     total = trained + frozen
     return trained, total, f"{trained:,} of {total:,} parameters train ({trained / total:.2%})"
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends the process of a command. One of several skips the end of the interpreter: torch's caches keep device
+    meshes, these their process groups, and so threads of gloo that may want the interpreter when it is half gone,
+    which aborts a run that is done (pytorch/pytorch#190489)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def last_checkpoint(output: Path) -> Path | None:
