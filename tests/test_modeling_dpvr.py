@@ -219,8 +219,8 @@ def flash_dense(q, k, v, causal=False, softmax_scale=None):
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=rows_of_a_batch, side=sides, seed=st.integers(0, 9))
 def test_flash_attention_is_called_so_that_it_gives_the_logits_of_sdpa(monkeypatch, model, rows, side, seed):
-    """Through transformers' flash interface, with slow kernels of the same meaning: unpadding, cached steps, and
-    position gaps in a single row, which it would take for packed sequences."""
+    """Through transformers' flash interface, with slow kernels of the same meaning: unpadding, cached steps, also one
+    whose mask hides an earlier token, and position gaps in a single row, which it would take for packed sequences."""
     from transformers import modeling_flash_attention_utils as flash
 
     monkeypatch.setattr(flash, "_loaded_implementation", None)
@@ -233,12 +233,14 @@ def test_flash_attention_is_called_so_that_it_gives_the_logits_of_sdpa(monkeypat
     expected, outputs = model(**batch), flashing(**batch)
     for actual, reference in zip(real_logits(outputs.logits, batch), real_logits(expected.logits, batch), strict=True):
         assert_close(actual, reference)
-    step = {
-        "input_ids": torch.full((len(rows), 1), FIRST_TEXT),
-        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1),
-    }
-    actual = flashing(**step, past_key_values=outputs.past_key_values).logits
-    assert_close(actual, model(**step, past_key_values=expected.past_key_values).logits)
+    mask = batch["attention_mask"]
+    for hidden in (None, seed % mask.shape[1]):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        if hidden is not None:
+            mask[:, hidden] = 0
+        step = {"input_ids": torch.full((len(rows), 1), FIRST_TEXT), "attention_mask": mask}
+        actual = flashing(**step, past_key_values=outputs.past_key_values).logits
+        assert_close(actual, model(**step, past_key_values=expected.past_key_values).logits)
 
 
 @settings(max_examples=60)
@@ -458,6 +460,47 @@ def test_an_image_after_a_crop_sees_nothing_of_what_was_cropped(kind, num_side_l
     with torch.no_grad():
         cropped = logits([torch.tensor([[20, 21, 22, 23]]), torch.tensor([[30, 31]])])
         assert_close(cropped, logits([]))
+
+
+@pytest.mark.parametrize("kind", cache_kinds)
+def test_a_crop_after_which_rows_hold_unequal_numbers_of_a_kind_leaves_no_slot_to_see(model, kind):
+    """Nothing but the crop tells of it: rows were of one length, and no mask comes with them."""
+    static, text = {"config": model.config.text_config, "max_cache_len": 20}, torch.tensor([[9], [10]])
+
+    def after_crop(rows: slice):
+        cache = StaticCache(**static) if kind == "static" else DynamicCache()
+        new = {"inputs_embeds": embeds[rows], "mm_token_type_ids": batch["mm_token_type_ids"][rows]}
+        model(**new, past_key_values=cache)
+        cache.crop(-4)  # leaves two text tokens and a vision token, and one of text and two of vision
+        return model(input_ids=text[rows], past_key_values=cache).logits
+
+    with torch.no_grad():
+        batch = make_batch(["ttIt", "tItt"])
+        embeds = embed(model, batch)
+        alone = torch.cat([after_crop(slice(0, 1)), after_crop(slice(1, 2))])
+        assert_close(after_crop(slice(None)), alone)
+
+
+def test_a_crop_of_what_a_sliding_layer_has_lost_is_refused():
+    model = make_dpvr(text=text_config(MistralConfig, sliding_window=16))
+    cache = model(**make_batch(["ttItt"])).past_key_values
+    with pytest.raises(ValueError, match="dropped 5 tokens, but text-only layers hold fewer of those"):
+        cache.crop(-5)
+
+
+def test_a_mask_that_hides_earlier_tokens_hides_them_in_every_layer(model):
+    llava = make_llava()
+    llava.load_state_dict(model.state_dict(), strict=False)
+    ids, mask = torch.tensor([[7, 8, 9, 10]]), torch.tensor([[1, 0, 1, 1, 1]])
+    with torch.no_grad():
+        caches = [getattr(each(input_ids=ids), CACHE) for each in (llava, model)]
+        step = {"input_ids": torch.tensor([[11]]), "attention_mask": mask}
+        expected, actual = (
+            each(**step, past_key_values=cache).logits for each, cache in zip((llava, model), caches, strict=True)
+        )
+        assert_close(actual, expected)
+        unmasked = model(**{**step, "attention_mask": None}, past_key_values=model(input_ids=ids).past_key_values)
+    assert (unmasked.logits - actual).abs().max() > 1e-2
 
 
 def test_a_crop_of_generated_tokens_frees_their_slots(model):
@@ -1717,6 +1760,9 @@ def test_train_with_gradient_checkpointing_keeps_no_cache_and_loses_none():
         torch.testing.assert_close(outputs.logits, expected)
         assert getattr(outputs, CACHE) is None
     torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, expected[:, -1:])
+    some = copy.deepcopy(model)
+    some.model.language_model.layers[0].gradient_checkpointing = False
+    assert getattr(some(**batch, use_cache=True), CACHE) is None
     with torch.no_grad():
         filled = getattr(model.eval()(**batch), CACHE)
     step = {"input_ids": torch.full((2, 1), 9), "past_key_values": filled}
