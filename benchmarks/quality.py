@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -657,27 +657,47 @@ EQUAL = {  # what is compared where it keeps as much: families by method
 }
 
 
-def cheapest(record: dict, share: float = KEPT) -> str:
-    """Of each method the setting that keeps `share` of dense accuracy, on the mean of all kinds, for the fewest FLOPs,
-    and the one for the fewest bytes."""
-    rows, found = [], summarize(record)
-    for model in record["models"]:
-        entries = [entry for entry in found if entry.model == model]
-        dense = next(entry for entry in entries if entry.name == "dense").accuracy["all"].mean()
-        for method, families in EQUAL.items():
-            enough = [e for e in entries if e.family in families and e.accuracy["all"].mean() >= share * dense]
-            row = [model, method]
-            for cost in ("flops", "kv_bytes"):
-                best = min(enough, key=lambda entry: getattr(entry, cost), default=None)
-                if best is None:
-                    row += ["none", "", ""]
-                    continue
-                setting = best.name.split("/", 1)[1].removesuffix(f"/{LAST}")
-                setting = setting.split("/")[0] if best.family.startswith("dpvr") else setting
-                row += [setting, f"{100 * getattr(best, cost):.1f}", percent(best.accuracy["all"] / dense)]
-            rows.append(row)
+def cheapest_settings(record: dict) -> dict[tuple[str, str], list[tuple[Entry, np.ndarray] | None]]:
+    """By LLaVA and method the setting that keeps `KEPT` of dense accuracy, on the mean of all kinds, for the fewest
+    FLOPs, and the one for the fewest bytes, with what it keeps in each seed; None where none keeps as much."""
+    entries, settings = summarize(record), {}
+    for model, (method, families) in product(record["models"], EQUAL.items()):
+        beside = [entry for entry in entries if entry.model == model]
+        dense = next(entry for entry in beside if entry.name == "dense").accuracy["all"]
+        kept = [(entry, entry.accuracy["all"] / dense) for entry in beside if entry.family in families]
+        enough = [pair for pair in kept if pair[1].mean() >= KEPT]
+        settings[model, method] = [
+            min(enough, key=lambda pair: getattr(pair[0], cost), default=None) for cost in ("flops", "kv_bytes")
+        ]
+    return settings
+
+
+def cheapest(record: dict) -> str:
+    """The cheapest settings, what they cost and what they keep."""
+    rows = []
+    for (model, method), pairs in cheapest_settings(record).items():
+        row = [model, method]
+        for cost, pair in zip(("flops", "kv_bytes"), pairs, strict=True):
+            if pair is None:
+                row += ["none", "", ""]
+                continue
+            entry, kept = pair
+            setting = entry.name.split("/", 1)[1].removesuffix(f"/{LAST}")
+            setting = setting.split("/")[0] if entry.family.startswith("dpvr") else setting
+            row += [setting, f"{100 * getattr(entry, cost):.1f}", percent(kept)]
+        rows.append(row)
     costs = [name for cost in ("FLOPs", "KV") for name in (f"fewest {cost}: setting", f"{cost} %", "of dense %")]
     return markdown(["LLaVA", "method", *costs], rows)
+
+
+def costs_at_equal_accuracy(record: dict) -> str:
+    """What the cheapest settings cost, a row for each method."""
+    settings, rows = cheapest_settings(record), []
+    for method in EQUAL:
+        pairs = [pair for model in record["models"] for pair in settings[model, method]]
+        costs = [pair and getattr(pair[0], cost) for pair, cost in zip(pairs, cycle(("flops", "kv_bytes")))]
+        rows.append([method, *("none" if cost is None else f"{100 * cost:.0f}" for cost in costs)])
+    return markdown(["method", *(f"{m}: {cost} %" for m in record["models"] for cost in ("FLOPs", "KV"))], rows)
 
 
 def variants(record: dict) -> str:
@@ -748,6 +768,7 @@ FAMILIES = {
     ),
     "dpvr trained with fusion 2 fusion layers": ("tab:cyan", "P", "none", "DPVR, 2 fusion layers, trained too"),
     "vtw": ("tab:red", "s", "-", "VTW"),
+    f"vtw, {LAST}": ("tab:brown", "s", "--", f"VTW, {LAST}"),
     "fastv": ("tab:orange", "^", "none", "FastV"),
     "fastv, all ask": ("tab:olive", "v", "none", "FastV, all tokens ask"),
     "pyramid": ("tab:green", "D", "none", "PyramidDrop"),

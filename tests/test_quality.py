@@ -257,6 +257,9 @@ def test_the_cheapest_setting_that_keeps_as_much_by_hand(monkeypatch):
     assert found["FastV"][2].strip() == "none"  # the mean is too low
     assert found["DPVR, fusion layer trained too"][2:4] == ["2", "60.0"]
     assert found["DPVR, fusion layer trained too"][4].startswith("99.5")
+    short = quality.costs_at_equal_accuracy({"models": {"m": {}}}).splitlines()
+    assert "| VTW | 70 | 70 |" in short
+    assert "| FastV | none | none |" in short
 
 
 def test_costs_are_shares_of_the_dense_model(llava):
