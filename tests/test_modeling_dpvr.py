@@ -1355,6 +1355,11 @@ def test_assisted_decoding_gives_the_tokens_of_the_plain_loop(generator, row):
     assert torch.equal(generate(generator, batch, prompt_lookup_num_tokens=3), expected)
 
 
+def test_an_assistant_of_another_width_takes_the_image_for_text_and_the_tokens_are_those_of_the_plain_loop(generator):
+    batch, wider = make_batch(["ttItttt"]), make_dpvr(3, text_config(hidden_size=64))
+    assert torch.equal(generate(generator, batch, assistant_model=wider), plain_loop(generator, batch))
+
+
 @pytest.mark.parametrize("assistant", [make_llava(3), LlamaForCausalLM(text_config()).eval()], ids=["llava", "text"])
 def test_assistants_that_know_no_kinds_of_tokens_give_the_tokens_of_the_plain_loop(generator, assistant):
     batch = make_batch(["ttItttt"])
@@ -1729,6 +1734,15 @@ def test_train_gradients_of_the_side_branch_are_those_of_finite_differences():
     assert numeric == pytest.approx(float(sum(weight.grad.square().sum() for weight in branch)), rel=1e-3)
 
 
+def test_train_the_loss_of_a_part_of_a_step_is_divided_by_the_items_of_the_whole(model):
+    """As the Trainer asks where it accumulates gradients."""
+    batch = make_batch(["ttItt"])
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
+    num_items = int((labels[:, 1:] != -100).sum())
+    mean, part = (model(**batch, labels=labels, num_items_in_batch=n).loss for n in (None, 4 * num_items))
+    torch.testing.assert_close(part, mean / 4)
+
+
 def test_train_with_a_frozen_backbone_needs_no_graph_before_the_side_branch():
     model = make_dpvr().train()
     model.requires_grad_(False)
@@ -1763,8 +1777,7 @@ def test_train_with_gradient_checkpointing_keeps_no_cache_and_loses_none():
     some = copy.deepcopy(model)
     some.model.language_model.layers[0].gradient_checkpointing = False
     assert getattr(some(**batch, use_cache=True), CACHE) is None
-    with torch.no_grad():
-        filled = getattr(model.eval()(**batch), CACHE)
+    filled = getattr(model.eval()(**batch), CACHE)  # also with gradients
     step = {"input_ids": torch.full((2, 1), 9), "past_key_values": filled}
     with pytest.raises(ValueError, match="layers with gradient checkpointing drop caches"):
         model.train()(**step)
