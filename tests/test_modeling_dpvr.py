@@ -301,6 +301,8 @@ def test_nothing_of_the_side_branch_runs_without_an_image(model):
     handle = model.model.side_branch.register_forward_hook(lambda *_: calls.append(1))
     model(**make_batch(["tt", "t"]))
     copy.deepcopy(model).train()(**make_batch(["tt", "t"]))  # without gradients
+    with torch.enable_grad():
+        model(**make_batch(["tt", "t"]))
     handle.remove()
     assert not calls
 
@@ -650,6 +652,18 @@ def test_an_image_after_a_cache_that_expects_none_is_refused(model, make_cache):
         model(input_ids=torch.tensor([[7]]), past_key_values=cache)
         with pytest.raises(ValueError, match=r"as its expects_images is False, nothing of the side branch"):
             model(**later, past_key_values=cache)
+
+
+def test_without_side_layers_an_image_may_follow_in_any_cache():
+    """There are no keys of a side branch that it would read."""
+    model, expecting, other = make_dpvr(num_side_layers=0), DynamicCache(), DynamicCache()
+    other.expects_images = False
+    later = without(make_batch(["It"], seed=3), "attention_mask")
+    with torch.no_grad():
+        for cache in (expecting, other):
+            model(**make_batch(["tIt"]), past_key_values=cache)
+        expected = model(**later, past_key_values=expecting).logits
+        assert torch.equal(model(**later, past_key_values=other).logits, expected)
 
 
 def test_text_after_a_cache_that_expects_no_image_is_text_in_training_too():
