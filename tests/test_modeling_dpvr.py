@@ -576,6 +576,14 @@ def test_tokens_and_images_that_come_in_two_ways_or_none_are_refused(model):
         model(**batch, mm_encoder_outputs=features)
 
 
+def test_embedded_image_tokens_are_found_where_images_come_with_them(model):
+    """As LLaVA finds them."""
+    batch = make_batch(RAGGED)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    found = model(**without(batch, "input_ids", "mm_token_type_ids"), inputs_embeds=embeds).logits
+    assert torch.equal(found, model(**batch).logits)
+
+
 def test_a_token_of_another_type_than_1_is_text(model):
     batch = without(make_batch(["ttt"]), "pixel_values")
     types = torch.tensor([[0, 2, 3]])
