@@ -253,11 +253,12 @@ def test_processes_of_which_one_has_no_image_train_as_one_process_does(tmp_path)
             assert_same(torch.load(tmp_path / f"out.{kind}.{rank}"), expected, 1e-5)
 
 
-@pytest.mark.parametrize("world_size", ["1", "2"])
-def test_one_of_several_processes_ends_before_the_interpreter_does(world_size):
-    """What may still happen then aborts it. Its output, its status and what is due at its exit are not lost."""
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"}], ids=str)
+def test_one_of_several_processes_ends_before_the_interpreter_does(variables):
+    """What may still happen then aborts it. Its output, its status, its threads and what is due at its exit are not
+    lost."""
     program = f"""
-import atexit, sys
+import atexit, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 from training.trainer import end_process
 
@@ -268,15 +269,16 @@ class Kept:
 kept = Kept()
 atexit.register(print, "exit functions")
 print("output", end=", ")
+threading.Thread(target=lambda: (time.sleep(0.5), print("thread", end=", "))).start()
 end_process(3)
 """
-    environment = {**os.environ, "WORLD_SIZE": world_size}
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"} | variables
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 3, result.stderr
-    ended = "end of the interpreter\n" if world_size == "1" else ""
-    assert result.stdout == "output, exit functions\n" + ended
+    ended = "" if variables else "end of the interpreter\n"
+    assert result.stdout == "output, thread, exit functions\n" + ended
 
 
 # --- data

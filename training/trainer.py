@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -52,11 +53,13 @@ def count_trainable(model: nn.Module) -> tuple[int, int, str]:
 
 
 def end_process(status: int) -> NoReturn:
-    """Ends the process of a command. One of several skips the end of the interpreter: torch's caches keep device
-    meshes, these their process groups, and so threads of gloo that may want the interpreter when it is half gone,
-    which aborts a run that is done (pytorch/pytorch#190489)."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Ends the process of a command that is done. Where a launcher started it as one of several, the end of the
+    interpreter is left out: torch's caches keep device meshes, these their process groups, and so threads of gloo that
+    may want the interpreter when it is half gone, which aborts a run that is done (pytorch/pytorch#190489). What an
+    error ends, ends as ever."""
+    if "WORLD_SIZE" not in os.environ:
         sys.exit(status)
+    threading._shutdown()  # waits for threads that are no daemons, as the interpreter does
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
