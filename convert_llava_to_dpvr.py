@@ -531,6 +531,8 @@ def convert(
             behind. An interrupt leaves a folder beside `output` for the next call to go on with.
     """
     output = Path(output)
+    if dtype not in ("auto", *DTYPES):
+        raise ConversionError(f"dtype={dtype!r:.80} is none of auto, {', '.join(DTYPES)}.")
     trained = adapter_file(str(adapter)) if adapter is not None else None
     check_output(output, *(path.resolve() for path in (Path(source), trained) if path and path.exists()))
     if output.exists() and not was_renamed(output):

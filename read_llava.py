@@ -13,7 +13,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -171,7 +171,7 @@ class Checkpoint:
         old_vocab_size: rows of the embeddings in the source.
         revision: of a source on the Hub.
         tower: Hub id or folder of a vision tower that lies by itself, and where its files lie.
-        tensors: by their names in transformers 5, once `find_tensors` has found them.
+        tensors: by their names in transformers 5; None until `find_tensors` has found them.
     """
 
     name: str
@@ -182,7 +182,7 @@ class Checkpoint:
     old_vocab_size: int
     revision: str | None = None
     tower: tuple[str, Path] | None = None
-    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] | None = None
 
 
 def _make_config(build: Callable, path: Path, **fields):

@@ -241,8 +241,11 @@ def test_of_a_hub_source_its_named_templates_are_fetched_too(tmp_path, monkeypat
 def test_bad_targets_and_adapters_are_refused_before_weights_are_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(read_llava, "snapshot_download", lambda *_, **__: pytest.fail("fetched"))
     (tmp_path / "mine.txt").write_text("mine")
-    for output, options in ((tmp_path, {}), (tmp_path / "dpvr", {"adapter": "nosuch"})):
-        with pytest.raises(ConversionError, match="not an empty folder|nor a folder with adapter_model"):
+    bad_options = ({"adapter": "nosuch"}, {"dtype": "int8"})
+    for output, options in ((tmp_path, {}), *((tmp_path / "dpvr", options) for options in bad_options)):
+        with pytest.raises(
+            ConversionError, match="not an empty folder|nor a folder with adapter_model|'int8' is none"
+        ):
             convert("org/llava", output, **options)
 
 
