@@ -201,7 +201,9 @@ def _check_prompts(text: list) -> None:
         raise ValueError("`text` is an empty list; give at least one prompt.")
     for row, prompt in enumerate(text):
         if not isinstance(prompt, str):
-            hint = " `apply_chat_template` makes a prompt of chat messages." * isinstance(prompt, dict)
+            parts = prompt if isinstance(prompt, list) else [prompt]
+            is_chat = any(isinstance(part, dict) for part in parts)
+            hint = " `apply_chat_template` makes a prompt of chat messages." if is_chat else ""
             raise ValueError(f"Prompt {row} is a {type(prompt).__name__}, not a string.{hint}")
         try:
             prompt.encode()

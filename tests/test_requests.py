@@ -365,6 +365,7 @@ BAD_CALLS = {
     "a number": (None, 3, "`text` is a int"),
     "a dict": (None, {"a": "b"}, "`text` is a dict"),
     "lists": (None, ["a", ["b"]], "Prompt 1 is a list"),
+    "a batch of chats": (None, [[{"role": "user"}]], "Prompt 0 is a list, .* `apply_chat_template` makes a prompt"),
     "chat messages": (None, ["a", {"role": "user"}], "Prompt 1 is a dict, .* `apply_chat_template` makes a prompt"),
     "a surrogate": (None, ["a", "b\ud83d"], r"Prompt 1 holds '\\ud83d' at position 1"),
     "too long": (None, ["a", "b" * 300], "Prompt 1 has 301 tokens, more than the 300 of the context"),
