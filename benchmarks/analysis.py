@@ -29,7 +29,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import check_numbers, check_output, write_record
+from benchmarks.command import check_hidden_size, check_numbers, check_output, write_record
 from benchmarks.make_random_llava import write_llava
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "analyze_saturation.py")]
@@ -60,8 +60,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     check_numbers(parser, args, 2, "num_layers")
-    if args.hidden_size < 1 or args.hidden_size % 128:
-        parser.error(f"--hidden-size {args.hidden_size} must be a multiple of 128")
+    check_hidden_size(parser, args)
     check_output(parser, args.output)
     if args.work:
         args.work.mkdir(parents=True, exist_ok=True)

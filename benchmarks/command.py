@@ -9,12 +9,31 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
+from read_weights import reason
+
+
+def usable_device(text: str) -> str:
+    """A device of torch on which this build of it has put something."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason(error)}") from error
+    return text
+
 
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace, least: int, *names: str) -> None:
     """Ends with a sentence where one of these options, by its name in `args`, is less than `least` or no number."""
     for name in names:
         if not (value := getattr(args, name)) >= least or math.isinf(value):
             parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def check_hidden_size(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Heads are 128 wide."""
+    if args.hidden_size < 1 or args.hidden_size % 128:
+        parser.error(f"--hidden-size {args.hidden_size} must be a multiple of 128")
 
 
 def check_learning_rate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -26,9 +45,13 @@ def check_output(parser: argparse.ArgumentParser, *paths: Path) -> None:
     """Makes the folders of these files, and ends with a sentence where one cannot be written: now, and not after what
     it was to hold has been measured."""
     for path in paths:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.exists() and not path.is_file():
+            parser.error(f"{path} cannot be written: it is {'a folder' if path.is_dir() else 'no regular file'}")
+        if not folder.is_dir():
+            parser.error(f"{path} cannot be written: {folder} is no folder")
+    for path in paths:
         try:
-            if path.is_dir():
-                raise IsADirectoryError(0, "it is a folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path.parent):
                 pass
@@ -50,6 +73,7 @@ def read_record(path: Path, keys: Iterable[str]) -> dict:
 
 def write_record(path: Path, record: dict, indent: int = 2) -> None:
     """Writes JSON; a run that is killed meanwhile leaves the file as it was."""
+    path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(record, indent=indent) + "\n")

@@ -20,7 +20,6 @@ import argparse
 import base64
 import hashlib
 import io
-import json
 import logging
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from damaged_sources import DAMAGES, converted_or_refused, read_source
 from llava_checkpoints import make_llava, write_llava_hf, write_original
 from tiny_processor import IMAGE, SIZE, TOKENS, make_processor, noise, original_pixels
 
-from benchmarks.command import check_output, write_record
+from benchmarks.command import check_output, read_record, write_record
 
 CONTEXT = 600  # tokens
 MAX_PIXELS = 500_000  # small, so that bombs are cheap to make
@@ -438,13 +437,13 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     torch.set_num_threads(1)
+    records = read_record(args.output, ()) if args.output.exists() else {}
     record = TARGETS[args.target](args.inputs, args.seed, progress=True)
     record["command"] = f"python benchmarks/fuzz.py --target {args.target} --inputs {args.inputs} --seed {args.seed}"
     record["versions"] = {
         name: module.__version__
         for name, module in {"hypothesis": hypothesis, "pillow": Image, "transformers": transformers}.items()
     }
-    records = json.loads(args.output.read_text()) if args.output.exists() else {}
     write_record(args.output, {**records, args.target: record})
     print(f"{args.target}: {record['inputs']} inputs in {record['seconds']:.0f} s: {record['outcomes']}")
     return 0

@@ -46,10 +46,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accounting import dense_config, flop_counter
-from benchmarks.command import check_numbers, check_output, write_record
+from benchmarks.command import check_hidden_size, check_numbers, check_output, usable_device, write_record
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
-from scripts.analyze_saturation import usable_device
 from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
 from training.staged import IGNORED, StagedModel, collate_rows, split_rows
 
@@ -318,12 +317,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if min(args.rounds, args.steps) < 1:
         parser.error(f"--rounds {args.rounds} --steps {args.steps}: give at least 1 of each")
     check_numbers(parser, args, 1, "vision_layers", "batch_size", "threads")
-    check_numbers(parser, args, 2, "layers", "text_tokens")  # of the text, half is the answer
+    check_numbers(parser, args, 2, "layers")
+    if args.text_tokens < 2:
+        parser.error(f"--tokens {args.tokens}: give at least 2 text tokens; half of them are the answer")
     check_numbers(parser, args, 0, "warmup")
     if args.text_only is not None and not 0 <= args.text_only <= args.layers - 2:
         parser.error(f"--text-only {args.text_only} must be between 0 and {args.layers - 2}")
-    if args.hidden_size < 1 or args.hidden_size % 128:
-        parser.error(f"--hidden-size {args.hidden_size} must be a multiple of 128")
+    check_hidden_size(parser, args)
     if args.vision_tokens < 1 or math.isqrt(args.vision_tokens) ** 2 != args.vision_tokens:
         parser.error(f"--tokens: {args.vision_tokens} vision tokens are no square of patches; 576 are 24 x 24.")
     check_output(parser, args.output)

@@ -33,11 +33,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks.command import write_record
+from benchmarks.command import usable_device, write_record
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import own_template
-from read_weights import reason
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
 from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
@@ -541,15 +540,6 @@ def layer_list(text: str) -> list[int]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,4,8-12") from error
     return sorted(layers)
-
-
-def usable_device(text: str) -> str:
-    """A device of torch on which this build of it has put something."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason(error)}") from error
-    return text
 
 
 def metric_list(text: str) -> list[str]:

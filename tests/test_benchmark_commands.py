@@ -3,6 +3,7 @@
 """The commands of benchmarks/ before they measure, and how they write what they measured."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def refusal(monkeypatch, capsys, script, *options) -> str:
 def test_an_output_that_cannot_be_written_is_refused_at_once(script, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     inside = tmp_path / "file" / "record.json"
-    assert f"{inside} cannot be written: " in refusal(monkeypatch, capsys, script, "--output", inside)
+    said = refusal(monkeypatch, capsys, script, "--output", inside)
+    assert f"{inside} cannot be written: {tmp_path / 'file'} is no folder" in said
     said = refusal(monkeypatch, capsys, script, "--output", tmp_path)
     assert f"{tmp_path} cannot be written: it is a folder" in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -50,7 +52,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(script, monkeypatch
         (training, "--warmup -1", "--warmup -1 must be at least 0"),
         (training, "--text-only 31", "--text-only 31 must be between 0 and 30"),
         (training, "--tokens 575+64", "575 vision tokens are no square of patches"),
-        (training, "--tokens 576+1", "--text-tokens 1 must be at least 2"),
+        (training, "--tokens 576+1", "--tokens 576+1: give at least 2 text tokens"),
         (conversion, "--rounds 0", "--rounds 0 must be at least 1"),
         (analysis, "--num-layers 1", "--num-layers 1 must be at least 2"),
         (soak, "--max-bytes-per-call nan", "--max-bytes-per-call nan must be at least 0"),
@@ -76,7 +78,17 @@ def test_a_record_is_whole_whenever_its_run_is_killed(monkeypatch, tmp_path):
     assert json.loads(path.read_text()) == {"runs": [1]}
 
 
-def test_a_record_that_is_none_is_named(monkeypatch, tmp_path):
+def test_a_record_goes_through_a_link_and_replaces_nothing_but_files(monkeypatch, tmp_path, capsys):
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe.json"
+    link.symlink_to(tmp_path / "record.json")
+    write_record(link, {"runs": []})
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "record.json").read_text()) == {"runs": []}
+    os.mkfifo(pipe)
+    assert "it is no regular file" in refusal(monkeypatch, capsys, speed, "--output", pipe)
+
+
+def test_a_file_that_is_no_record_is_refused_by_its_name(monkeypatch, tmp_path):
     path = tmp_path / "record.json"
     broken = (('{"settings": ', "cannot be read"), ("[]", "no settings"), ('{"settings": {}}', "it has no "))
     for content, why in broken:
@@ -104,6 +116,9 @@ def test_results_that_do_not_say_of_which_weights_they_are_get_no_others_beside_
     result = {"cells": {}}
     side_branch_seeds.check_weights(path, result, None, tmp_path / "llava")
     assert result["weights"] == "of today"
+
+
+def test_committed_results_say_of_which_weights_they_are():
     for script in (quality, side_branch_seeds):
         record = json.loads(script.RESULTS.read_text())
         assert all(result["weights"] for result in record.get("models", {"one": record}).values())
