@@ -56,7 +56,7 @@ def measure(models: list[speed.Method], num_vision: int, num_text: int, batch: i
     title = f"{num_vision} + {num_text}, batch {batch}"
     for repetition in tqdm(range(args.repeats + 1), desc=title, disable=None):
         for kind, methods in kinds.items():
-            for method in methods:
+            for method in speed.shuffled(methods, repetition):
                 torch.compiler.cudagraph_mark_step_begin()  # what the call before gave is needed no more
                 taken, _ = meter.time(lambda m=method: speed.prefill(m, prompt, features))
                 seconds[kind][method.name] += [taken] * (repetition > 0)

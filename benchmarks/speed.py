@@ -5,7 +5,8 @@
 Prefill, decoding, memory and KV cache of dense LLaVA, DPVR, FastV, VTW and PyramidDrop, measured in one run.
 
 All models share one set of random weights of LLaVA-1.5-7B's layer sizes, so that a method costs no memory of its own.
-Runs are interleaved: every repetition measures each method once, after one round that is not counted.
+Runs are interleaved: every repetition measures each method once, in another order, after one round that is not
+counted. DPVR's parts are measured beside its prefill.
 
     prefill    the decoder on embeddings of the prompt with the image features in place, logits of the last token
     tower      vision tower and projector, the same for all; time to the first token is tower + prefill
@@ -28,6 +29,7 @@ With `--one-layer` all layers of the decoder have the same weights in memory, so
 
 import argparse
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -49,11 +51,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import accounting, baselines
 from benchmarks.caches import CACHE, make_cache, stored_bytes
-from benchmarks.command import check_numbers, check_output, write_record
+from benchmarks.command import check_hidden_size, check_numbers, check_output, usable_device, write_record
 from benchmarks.make_random_llava import make_config
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
-from scripts.analyze_saturation import usable_device
 
 CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
 ROUTING = sys.modules[CODE.__module__]
@@ -263,6 +264,11 @@ def decode(
     return seconds
 
 
+def shuffled(methods: list[Method], repetition: int) -> list[Method]:
+    """In another order each time, so that none is always timed behind the same other."""
+    return random.Random(repetition).sample(methods, len(methods))
+
+
 def profile(method: Method, prompt: dict, features, meter: Meter) -> dict[str, float]:
     """Seconds of one prefill by kind of operator."""
     activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * meter.is_cuda]
@@ -347,8 +353,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
         is_counted, prefilled = repetition > 0, {}
         # On a GPU not counted at first: libraries make plans for each new number of keys
         decodes = repetition == 1 or (repetition == 0 and meter.is_cuda)
-        turn = repetition % len(methods)  # none always follows the same other
-        for method in (*methods[turn:], *methods[:turn]):
+        for method in shuffled(methods, repetition):
             if is_counted:
                 taken, outputs = meter.time(lambda m=method: prefill(m, prompt, features))
                 seconds[method.name].append(taken)
@@ -516,8 +521,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--layers {args.layers} must be at least 4: PyramidDrop drops at each quarter of them")
     if args.saturation_layer is not None and not 0 < args.saturation_layer < args.layers:
         parser.error(f"--saturation-layer {args.saturation_layer} must be between 1 and {args.layers - 1}")
-    if args.hidden_size < 1 or args.hidden_size % 128:
-        parser.error(f"--hidden-size {args.hidden_size} must be a multiple of 128")
+    check_hidden_size(parser, args)
     check_numbers(parser, args, 1, "threads")
     per_image = accounting.tokens_per_image(make_config(args.layers, args.hidden_size))
     for num_vision, num_text in args.prompts:
