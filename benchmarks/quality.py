@@ -5,10 +5,10 @@
 Accuracy against cost: dense LLaVA, DPVR, FastV, VTW and PyramidDrop on the embedded LLaVAs.
 
 Every method answers the same held-out questions about digits that nothing was trained on. A seed decides the
-questions, and for a trained DPVR the order of its training conversations too. DPVR stands here untrained (the identity
-side branch that the converter writes) and trained (`training/staged.py`, all else frozen; or the fusion layers with
-it, or these alone where there is no side branch), at every saturation layer; VTW at every layer; FastV and PyramidDrop
-over their ranges.
+questions, and the order of training where there is any. DPVR stands here untrained (the identity side branch that the
+converter writes) and trained (`training/staged.py`, all else frozen; or the fusion layers with it, or these alone
+where there is no side branch), at every saturation layer; VTW at every layer; FastV and PyramidDrop over their ranges;
+dense LLaVA and these three, where `may_gain` says, also with their last layer trained as the fusion layer is.
 
 An answer is right only as a whole. Greedy generation gives it where at each of its tokens, the end included, the most
 likely next token is the right one, so one teacher-forced pass tells; which vision tokens remain, the prompt's last
@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -647,7 +647,8 @@ def by_layer(record: dict) -> str:
 EQUAL = {  # what is compared where it keeps as much: families by method
     "VTW": ["vtw"],
     f"VTW, {LAST}": [f"vtw, {LAST}"],
-    "FastV": ["fastv", "fastv, all ask"],
+    "FastV": ["fastv"],
+    "FastV, all ask": ["fastv, all ask"],
     f"FastV, {LAST}": [f"fastv, {LAST}"],
     "PyramidDrop": ["pyramid"],
     f"PyramidDrop, {LAST}": [f"pyramid, {LAST}"],
@@ -694,9 +695,11 @@ def costs_at_equal_accuracy(record: dict) -> str:
     """What the cheapest settings cost, a row for each method."""
     settings, rows = cheapest_settings(record), []
     for method in EQUAL:
-        pairs = [pair for model in record["models"] for pair in settings[model, method]]
-        costs = [pair and getattr(pair[0], cost) for pair, cost in zip(pairs, cycle(("flops", "kv_bytes")))]
-        rows.append([method, *("none" if cost is None else f"{100 * cost:.0f}" for cost in costs)])
+        row = [method]
+        for model in record["models"]:
+            for cost, pair in zip(("flops", "kv_bytes"), settings[model, method], strict=True):
+                row.append("none" if pair is None else f"{100 * getattr(pair[0], cost):.0f}")
+        rows.append(row)
     return markdown(["method", *(f"{m}: {cost} %" for m in record["models"] for cost in ("FLOPs", "KV"))], rows)
 
 
@@ -864,7 +867,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             )
     check_numbers(parser, args, 1, "seeds", "questions", "steps", "batch_size", "pool", "threads")
     check_learning_rate(parser, args)
-    check_output(parser, *[args.output] * (not args.report), args.figure)
+    if not args.report:
+        check_output(parser, args.output)
+    check_output(parser, args.figure)
     return args
 
 

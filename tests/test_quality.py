@@ -122,18 +122,27 @@ def test_going_on_from_the_dense_models_states_changes_nothing(name, pruned, pro
 @torch.no_grad()
 def test_the_last_layer_that_trains_starts_as_the_baseline_itself(name, pruned, processor, prepared, tmp_path):
     staged = quality.load_routed(TINY, Routing(7, "untrained", num_side_layers=0), tmp_path)
-    stages = WEAK.get(name, ())
+    stages, rows, expected = WEAK.get(name, ()), [], []
     for batch in prepared:
         features = quality.pruned_features(pruned, stages, batch)
         states = batch.final_states
         if stages:
             states = pruned.model.decode(*quality.decoder_arguments(pruned, batch))[quality.predicts(batch.labels)]
-        rows = quality.masked_rows(features)
-        collated = quality.collate_masked(rows)
-        again = quality.Features(**collated)
-        for each in (features, again):
-            torch.testing.assert_close(staged.answer_states(each), states, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(again.teacher_states, batch.final_states)
+        torch.testing.assert_close(staged.answer_states(features), states, rtol=1e-4, atol=1e-4)
+        rows += quality.masked_rows(features)
+        expected.append(states)
+    assert len({len(row["labels"]) for row in rows}) > 1  # to be padded
+    together = quality.Features(**quality.collate_masked(rows))
+    torch.testing.assert_close(staged.answer_states(together), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.teacher_states, torch.cat([batch.final_states for batch in prepared]))
+
+
+def test_the_last_layer_trains_of_llava_and_of_baselines_that_drop_by_half_of_the_depth():
+    trained = {name for name, method in quality.methods(8).items() if isinstance(method, TrainedLast)}
+    names = {name.removesuffix(f"/{quality.LAST}") for name in trained}
+    assert {"dense", "vtw/1", "vtw/4", "fastv/4/0.9", "pyramid/4-5-6/0.25"} <= names
+    assert not names & {"vtw/5", "fastv/6/0.5"}
+    assert not any("all ask" in name for name in names)
 
 
 def test_a_last_layer_trains_on_the_questions_of_the_conversations(llava, processor):
@@ -273,9 +282,8 @@ def test_costs_are_shares_of_the_dense_model(llava):
     routed = quality.relative_cost(llava.config, Routing(4, "trained"), lengths)
     assert shares[3][0] < routed[0] < 1
     assert routed[1] == pytest.approx(1 - 36 / 81 * 3 / 8)
-    assert (
-        quality.relative_cost(llava.config, TrainedLast(vtw(4)), lengths) == shares[3]
-    )  # training costs nothing later
+    # training costs nothing later
+    assert quality.relative_cost(llava.config, TrainedLast(vtw(4)), lengths) == shares[3]
     # five layers of vision and a side branch against five layers: the last one's keys and values are what is left
     beside = quality.relative_cost(llava.config, vtw(5), lengths)
     assert routed[1] == beside[1]
