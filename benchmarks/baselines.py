@@ -256,20 +256,10 @@ class PrunedLlavaModel(LlavaModel):
         hidden_states = self.decode(inputs_embeds, is_vision, attention_mask, position_ids, cache, last_column)
         return LlavaModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache if use_cache else None})
 
-    def decode(
-        self,
-        inputs_embeds: torch.Tensor,
-        is_vision: torch.BoolTensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        cache: Cache,
-        last_column: torch.LongTensor | None,
-        first_layer: int = 0,
-    ) -> torch.Tensor:
+    def decode(self, *arguments) -> torch.Tensor:
         """The decoder on embeddings `(B, T, D)`: its last, normalized states, `(B, T, D)`. Arguments as in
         `run_layers`."""
-        arguments = (inputs_embeds, is_vision, attention_mask, position_ids, cache, last_column)
-        tokens, hidden_states, all_states = self.run_layers(*arguments, first_layer)
+        tokens, hidden_states, all_states = self.run_layers(*arguments)
         return put(all_states, tokens, self.language_model.norm(hidden_states))
 
     def run_layers(
