@@ -296,6 +296,28 @@ def test_text_only_layers_and_caches_hold_no_vision_token(model):
     assert cache.layers[NUM_LAYERS + 1].keys[:, 0, :, 0].tolist() == [[4, 5, 10, 11], [0, 5, 6, 7]]
 
 
+def test_an_untrained_side_branch_is_the_identity_where_projections_have_biases():
+    model = make_dpvr(text=text_config(attention_bias=True, mlp_bias=True), random_branch=False)
+    branch, source = model.model.side_branch.layers[0], model.model.language_model.layers[2]
+    for layer in (source, branch):
+        for name, weight in layer.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.ones_(weight)
+    for weight in branch.parameters():
+        weight._is_hf_initialized = False
+    model.model.initialize_side_branch()
+    assert branch.self_attn.o_proj.bias.abs().max() == branch.mlp.down_proj.bias.abs().max() == 0
+    assert torch.equal(branch.self_attn.q_proj.bias, source.self_attn.q_proj.bias)
+
+
+def test_in_text_only_layers_an_image_alone_attends_to_nothing():
+    model = make_dpvr()
+    model.set_attn_implementation("eager")
+    attentions = model(**make_batch(["I"]), output_attentions=True).attentions
+    assert [bool(each.any()) for each in attentions] == [True, True, False, False, False, True]
+    assert len({each.shape for each in attentions}) == 1
+
+
 def test_nothing_of_the_side_branch_runs_without_an_image(model):
     calls = []
     handle = model.model.side_branch.register_forward_hook(lambda *_: calls.append(1))
