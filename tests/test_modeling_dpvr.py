@@ -538,6 +538,12 @@ def test_a_crop_of_generated_tokens_frees_their_slots(model):
     assert [layer.get_seq_length() for layer in cache.layers] == [5, 5, 2, 2, 2, 5, 3, 2, 3]
 
 
+def test_a_crop_within_an_image_reaches_every_layer_of_the_side_branch():
+    cache = make_dpvr(num_side_layers=2)(**make_batch(["ttItt"])).past_key_values
+    cache.crop(-4)  # leaves two vision tokens
+    assert [layer.get_seq_length() for layer in cache.layers[NUM_LAYERS:]] == [2, 2, 2, 2]
+
+
 def test_a_4d_mask_is_routed_as_the_2d_mask_that_it_stands_for(model):
     batch = make_batch(RAGGED)
     width = batch["input_ids"].shape[1]
