@@ -43,7 +43,7 @@ from damaged_sources import DAMAGES, converted_or_refused, read_source
 from llava_checkpoints import make_llava, write_llava_hf, write_original
 from tiny_processor import IMAGE, SIZE, TOKENS, make_processor, noise, original_pixels
 
-from benchmarks.command import check_output, read_record, write_record
+from benchmarks.command import check_numbers, check_output, read_record, write_record
 
 CONTEXT = 600  # tokens
 MAX_PIXELS = 500_000  # small, so that bombs are cheap to make
@@ -428,8 +428,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         help="the target's entry is replaced in it; default: the committed file",
     )
     args = parser.parse_args(arguments)
-    if args.inputs < 1:
-        parser.error(f"--inputs {args.inputs} must be at least 1")
+    check_numbers(parser, args, 1, "inputs")
     check_output(parser, args.output)
     return args
 

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks.command import usable_device, write_record
+from benchmarks.command import check_numbers, usable_device, write_record
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import own_template
@@ -611,12 +611,9 @@ def analyze(args: argparse.Namespace) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    for name in ("questions", "num_fusion_layers", "samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name in ("seed", "maps"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)} must be at least 0")
+    given = (name for name in ("questions", "num_fusion_layers", "samples") if getattr(args, name) is not None)
+    check_numbers(parser, args, 1, *given)
+    check_numbers(parser, args, 0, "seed", "maps")
     if not args.kl_threshold >= 0:
         parser.error(f"--kl-threshold {args.kl_threshold} must be at least 0")
     is_restart = args.restart
