@@ -35,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
@@ -46,7 +45,7 @@ import digits as task
 
 from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
-from benchmarks.command import check_learning_rate, check_numbers, check_output, read_record
+from benchmarks.command import check_learning_rate, check_numbers, check_output, read_record, write_record
 from benchmarks.side_branch_seeds import (
     batches_of,
     check_weights,
@@ -55,7 +54,6 @@ from benchmarks.side_branch_seeds import (
     read_results,
     right_answers,
     text_batch,
-    write_results,
 )
 from benchmarks.side_branch_seeds import train as train_late
 from benchmarks.tables import markdown
@@ -65,14 +63,13 @@ from scripts.train_tiny_llava import (
     LONG_BATCH,
     LONG_TURNS,
     conversation_text,
-    sample_batch,
     sample_conversations,
     to_pixel_values,
     training_images,
     versions,
 )
 from training.adapters import add_adapter
-from training.staged import IGNORED, LOSSES, Features, StagedModel, predicts, split_rows
+from training.staged import LOSSES, Features, StagedModel, predicts, split_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 FIGURE = ROOT / "figures" / "quality.png"
@@ -264,27 +261,20 @@ def question_batches(processor, seed: int, num_questions: int) -> dict[str, dict
     return batches
 
 
-def single_questions(llava, processor, num_batches: int) -> list[Prepared]:
-    """The conversations of `training_batches`, each question by itself: what a baseline keeps of an image, the first
-    question decides."""
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    prepared = []
-    for _ in tqdm(range(num_batches), desc="training questions", mininterval=5):
-        grids, conversations, _ = sample_conversations(rng, progress=1.0, short=False)
-        pixel_values = training_images(grids, processor, generator).repeat_interleave(LONG_TURNS, dim=0)
-        texts = [conversation_text([question]) for turns in conversations for question in turns]
-        batch = labelled(processor, text_batch(processor, texts)["input_ids"], pixel_values)
-        prepared.append(prepare(llava, batch, dtype=torch.float16))
-    return prepared
-
-
-def training_batches(llava, processor, num_batches: int) -> list[Prepared]:
-    """Conversations of many questions each to train side branches on, the same for every saturation layer."""
+def training_batches(llava, processor, num_batches: int, each_alone: bool = False) -> list[Prepared]:
+    """Conversations of many questions each to train on, the same for every method. With `each_alone` every question is
+    a row by itself, as baselines need it: what they keep of an image, the first question decides."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     prepared = []
     for _ in tqdm(range(num_batches), desc="training conversations", mininterval=5):
-        ids, pixel_values, _ = sample_batch(rng, generator, processor, progress=1.0, short=False)
-        prepared.append(prepare(llava, labelled(processor, ids, pixel_values), dtype=torch.float16))
+        grids, conversations, _ = sample_conversations(rng, progress=1.0, short=False)
+        pixel_values = training_images(grids, processor, generator)
+        if each_alone:
+            pixel_values = pixel_values.repeat_interleave(LONG_TURNS, dim=0)
+            conversations = [[question] for turns in conversations for question in turns]
+        texts = [conversation_text(turns) for turns in conversations]
+        batch = labelled(processor, text_batch(processor, texts)["input_ids"], pixel_values)
+        prepared.append(prepare(llava, batch, dtype=torch.float16))
     return prepared
 
 
@@ -292,9 +282,10 @@ def training_batches(llava, processor, num_batches: int) -> list[Prepared]:
 
 
 def decoder_arguments(model: PrunedLlava, batch: Prepared) -> tuple:
-    """Those of `PrunedLlavaModel.run_layers`, which goes on from where the first stage leaves the dense model."""
-    stage = model.stages[0] if model.stages else None
-    first = 0 if stage is None else min(stage.ranking_layer, stage.layer) if stage.ranks else stage.layer
+    """Those of `PrunedLlavaModel.run_layers`, which goes on from where the first of its stages leaves the dense
+    model."""
+    stage = model.stages[0]
+    first = min(stage.ranking_layer, stage.layer) if stage.ranks else stage.layer
     cache = DynamicCache(config=model.config.text_config)
     return batch.states[first].float(), batch.is_vision, batch.attention_mask, None, cache, batch.last_column, first
 
@@ -327,25 +318,13 @@ def pruned_features(model: PrunedLlava, stages: tuple[baselines.Stage, ...], bat
 
 
 def masked_rows(features: Features) -> list[dict[str, torch.Tensor]]:
-    """Rows of `split_rows` with dropped tokens and padding in their places, as `collate_masked` takes them."""
+    """Rows as of `split_rows`, but with dropped tokens and padding in their places, and a mask that says so."""
     names = ("hidden_states", "is_vision", "attention_mask", "labels")
     teachers = features.teacher_states.split(predicts(features.labels).sum(-1).tolist())
     return [
         {name: getattr(features, name)[i] for name in names} | {"teacher_states": teacher}
         for i, teacher in enumerate(teachers)
     ]
-
-
-def collate_masked(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows of `masked_rows` as a batch for `StagedModel`, padded on the right."""
-
-    def collate(name: str) -> torch.Tensor:
-        values = [row[name] for row in rows]
-        if name == "teacher_states":
-            return torch.cat(values)
-        return pad_sequence(values, batch_first=True, padding_value=IGNORED if name == "labels" else 0)
-
-    return {name: collate(name) for name in rows[0]}
 
 
 @torch.no_grad()
@@ -402,7 +381,7 @@ def measure_trained_baselines(
         rows = [row for batch in pool for row in masked_rows(pruned_features(model, method.stages, batch))]
         for seed in missing:
             layer.load_state_dict(untrained)
-            batches = batches_of(rows, args.batch_size * LONG_TURNS, seed, collate_masked)
+            batches = batches_of(rows, args.batch_size * LONG_TURNS, seed)
             train_late(staged, batches, args)
             features = [(batch, pruned_features(model, method.stages, batch)) for batch in held_out[seed]]
             cells[name][str(seed)] = routed_accuracy(staged, features)
@@ -504,7 +483,7 @@ def measure(name: str, args, record: dict) -> None:
             used = result.setdefault("measured_with", {}).setdefault(key, [])
             if stated not in used and cells.get(key, {}).keys() - before[key]:
                 used.append(stated)
-        write_results(args.output, record)
+        write_record(args.output, record, indent=1)
 
     held_out = []
     for seed in tqdm(seeds, desc=f"{name}: questions", mininterval=5):
@@ -515,7 +494,7 @@ def measure(name: str, args, record: dict) -> None:
     trained = {key: method for key, method in missing.items() if isinstance(method, TrainedLast)}
     num_batches = -(-args.pool // LONG_BATCH)
     if trained:
-        pool = single_questions(llava, processor, num_batches)
+        pool = training_batches(llava, processor, num_batches, each_alone=True)
         measure_trained_baselines(folder, trained, held_out, pool, args, cells, save)
     groups: dict[tuple, list[Routing]] = {}
     for method in missing.values():

@@ -23,7 +23,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -129,14 +129,12 @@ def held_out_batches(model: StagedModel, processor, num_questions: int, batch_si
 # One cell
 
 
-def batches_of(
-    rows: list[dict], batch_size: int, seed: int, collate: Callable = collate_rows
-) -> Iterator[dict[str, torch.Tensor]]:
+def batches_of(rows: list[dict], batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     """Batches without end; each pass through the rows in another order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for chosen in torch.randperm(len(rows), generator=generator).split(batch_size):
-            yield collate([rows[i] for i in chosen.tolist()])
+            yield collate_rows([rows[i] for i in chosen.tolist()])
 
 
 def train(model: StagedModel, batches: Iterator[dict[str, torch.Tensor]], args) -> None:
@@ -212,10 +210,6 @@ def check_weights(path: Path, result: dict, llava, folder: Path) -> None:
         )
 
 
-def write_results(path: Path, record: dict) -> None:
-    write_record(path, record, indent=1)
-
-
 def measure(saturation_layer: int, args, record: dict, folder: Path) -> None:
     """All cells of one saturation layer that are not there yet."""
     cells = record["cells"]
@@ -244,7 +238,7 @@ def measure(saturation_layer: int, args, record: dict, folder: Path) -> None:
             staged.loss = loss
             train(staged, batches_of(rows, args.batch_size, seed), args)
         cells[cell] = evaluate(staged, held_out, dense=loss == "dense")
-        write_results(args.output, record)
+        write_record(args.output, record, indent=1)
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:

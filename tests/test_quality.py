@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import digits as task
 
 from scripts.train_tiny_llava import generate_answers
+from training.staged import collate_rows
 
 TINY = ROOT / "examples" / "tiny-llava"
 QUESTIONS = 4  # of each kind
@@ -132,7 +133,7 @@ def test_the_last_layer_that_trains_starts_as_the_baseline_itself(name, pruned, 
         rows += quality.masked_rows(features)
         expected.append(states)
     assert len({len(row["labels"]) for row in rows}) > 1  # to be padded
-    together = quality.Features(**quality.collate_masked(rows))
+    together = quality.Features(**collate_rows(rows))
     torch.testing.assert_close(staged.answer_states(together), torch.cat(expected), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(together.teacher_states, torch.cat([batch.final_states for batch in prepared]))
 
@@ -150,7 +151,7 @@ def test_a_last_layer_trains_on_the_questions_of_the_conversations(llava, proces
         return torch.cat([batch.labels[batch.labels != -100] for batch in batches]).tolist()
 
     batches = quality.training_batches(llava, processor, 1)
-    questions = quality.single_questions(llava, processor, 1)
+    questions = quality.training_batches(llava, processor, 1, each_alone=True)
     assert answers(questions) == answers(batches)
     assert len(questions[0].labels) == quality.LONG_TURNS * len(batches[0].labels)
     image = batches[0].is_vision[0]
@@ -170,7 +171,7 @@ def test_a_baselines_last_layer_learns_and_every_seed_starts_from_llavas(llava, 
 
     monkeypatch.setattr(quality, "routed_accuracy", last_layer)
     args = quality.parse_args(["--steps", "2", "--batch-size", "1"])
-    pool = quality.single_questions(llava, processor, 1)
+    pool = quality.training_batches(llava, processor, 1, each_alone=True)
     both, second = measured({}), measured({"vtw/3": {"0": "was there"}})
     assert second == {"0": "was there", "1": both["1"]}
     assert both["0"] != both["1"]

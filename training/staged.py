@@ -356,12 +356,13 @@ def split_rows(features: Features) -> list[dict[str, torch.Tensor]]:
 
 
 def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows of `split_rows` as a batch for `StagedModel`, padded on the right."""
+    """Rows of `split_rows` as a batch for `StagedModel`, padded on the right. A row may have an `attention_mask`
+    `(T,)` of its own, 0 at tokens that keep their place but are not seen."""
 
     def pad(name: str, value: int) -> torch.Tensor:
         return nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
 
-    masks = [torch.ones(len(row["labels"]), dtype=torch.long) for row in rows]
+    masks = [row.get("attention_mask", torch.ones(len(row["labels"]), dtype=torch.long)) for row in rows]
     batch = Features(
         hidden_states=pad("hidden_states", 0),
         is_vision=pad("is_vision", False),
