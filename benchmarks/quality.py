@@ -179,30 +179,31 @@ def routed_config(dense_config, routing: Routing) -> DPVRConfig:
     )
 
 
-def prompt_cost(dense_config, method, vision_tokens: int, text_tokens: int) -> tuple[int, int]:
-    """FLOPs of the decoder for one prompt, and bytes of the KV cache after it in 16 bit.
+def prompt_cost(config, method, vision_tokens: int, text_tokens: int) -> tuple[int, int]:
+    """FLOPs of the decoder for one prompt, and bytes of the KV cache after it in 16 bit. `config` is the dense model's
+    or, of a `Routing`, its `routed_config`.
 
     Of the last layer only the prompt's last token is read. DPVR computes no other's output there; that has nothing to
     do with what it routes, so it is counted so for every method.
     """
     if isinstance(method, Routing):
-        config = routed_config(dense_config, method)
         flops = accounting.prefill_flops(config, vision_tokens, text_tokens).decoder
         return flops, sum(accounting.cache_bytes(config, vision_tokens, text_tokens).values())
     stages = method.stages if isinstance(method, TrainedLast) else method
-    arguments = (dense_config, stages, vision_tokens, text_tokens)
+    arguments = (config, stages, vision_tokens, text_tokens)
     loads = accounting.read_one_token(baselines.prefill_loads(*arguments))
-    flops = accounting.decoder_flops(dense_config, loads) + baselines.ranking_flops(*arguments)
+    flops = accounting.decoder_flops(config, loads) + baselines.ranking_flops(*arguments)
     return flops, baselines.cache_bytes(*arguments)
 
 
 def relative_cost(dense_config, method, lengths: dict[int, int]) -> tuple[float, float]:
     """FLOPs and bytes as shares of the dense model's. Prompts hold one image; `lengths` counts their text tokens."""
     vision_tokens = accounting.tokens_per_image(dense_config)
+    config = routed_config(dense_config, method) if isinstance(method, Routing) else dense_config
     totals = np.zeros((2, 2))
     for text_tokens, number in lengths.items():
-        for row, each in zip(totals, (method, ()), strict=True):
-            row += number * np.array(prompt_cost(dense_config, each, vision_tokens, text_tokens))
+        for row, pair in zip(totals, ((config, method), (dense_config, ())), strict=True):
+            row += number * np.array(prompt_cost(*pair, vision_tokens, text_tokens))
     return tuple((totals[0] / totals[1]).tolist())
 
 
