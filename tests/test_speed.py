@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from benchmarks import accounting, compiled, speed
 
@@ -41,12 +42,15 @@ def _fields(record):
 
 
 def test_compiled_prefills_give_the_logits_of_those_that_are_not(monkeypatch, tmp_path, capsys):
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
     record = run(monkeypatch, compiled, tmp_path / "compiled.json", "--batch", "1")
+    assert counts["unique_graphs"] > before
     (measured,) = record["runs"]
     assert [name.split(" (")[0] for name in measured["methods"]] == ["LLaVA", "DPVR"]
     for result in measured["methods"].values():
         assert result["logits_difference"] < 1e-5
-        assert result["compile_seconds"] > 10 * result["compiled_seconds"]["median"]  # they were compiled, once
+        assert result["compile_seconds"] > 0
     assert compiled.table(record) in capsys.readouterr().out
 
 
