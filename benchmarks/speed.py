@@ -296,34 +296,35 @@ class Parts:
         self.states = ROUTING.insert_image_features(embeds, self.is_vision, flat)
         self.mask = prompt["attention_mask"]
         self.joint, self.text_only, self.fusion = ROUTING.split_layers(self.decoder, config)
-        _, text, vision, _ = self.plan()
+        _, text, vision, _ = self.plan(make_cache(config))
         self.text_states, self.vision_states = text.stream.take(self.states), vision.stream.take(self.states)
 
-    def plan(self):
+    def plan(self, cache):
         """The plans of a prefill into an empty cache."""
-        cache = make_cache(self.model.config)
         self.model.model.add_stream_layers(cache)
         return self.model.model.plan_call(self.states, self.is_vision, self.mask, None, cache)
 
     def prepare(self) -> dict[str, Callable]:
         """The parts as calls, each good for one time: the next would find its keys and values in the cache."""
-        call, text, vision, mask = self.plan()
+        config = self.model.config
+        call, text, vision, mask = self.plan(make_cache(config))
+        empty = make_cache(config)  # beforehand: LLaVA makes one too
         joint = ROUTING.joint_arguments(call, mask)
         return {
             "joint": lambda: ROUTING.run_layers(self.joint, self.states, joint),
             "text-only": lambda: ROUTING.run_layers(self.text_only, self.text_states, ROUTING.stream_arguments(text)),
             "side branch": lambda: self.model.model.side_branch(self.vision_states, vision),
             "last layer and head": lambda: self.read_last(call, mask),
-            "routing": self.routing,
+            "routing": lambda: self.routing(empty),
         }
 
     def read_last(self, call, mask):
         states = ROUTING.read_last(self.decoder, self.fusion[-1], self.states, call, mask, 1)
         return self.model.lm_head(self.decoder.norm(states))
 
-    def routing(self):
+    def routing(self, cache):
         """Plans, masks and the way of the states into the streams and back."""
-        _, text, vision, _ = self.plan()
+        _, text, vision, _ = self.plan(cache)
         for plan in (text, vision):
             plan.stream.put(self.states, plan.stream.take(self.states))
 
