@@ -149,6 +149,12 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(f"--max-length {options.max_length}: give at least 1 token, or leave it out")
     if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # the default: as the epochs have it
         parser.error(f"--max_steps {training_arguments.max_steps}: give at least 1, or leave it out")
+    if training_arguments.max_steps == -1 and not training_arguments.num_train_epochs > 0:  # nothing would train
+        parser.error(f"--num_train_epochs {training_arguments.num_train_epochs}: give more than 0, or leave it out")
+    if training_arguments.gradient_accumulation_steps < 1:
+        parser.error(
+            f"--gradient_accumulation_steps {training_arguments.gradient_accumulation_steps}: give at least 1"
+        )
     for name in ("data", "image_folder", "eval_data", "peft_config"):
         path = getattr(options, name)
         if path is not None and not path.exists():  # now, and not once the model is loaded

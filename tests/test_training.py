@@ -872,6 +872,8 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         ("--eval-rows", -3): "--eval-rows -3: give a number of rows",
         ("--max-length", 0): "--max-length 0: give at least 1 token",
         ("--max_steps", 0): "--max_steps 0: give at least 1",
+        ("--num_train_epochs", 0): "--num_train_epochs 0.0: give more than 0",
+        ("--gradient_accumulation_steps", 0): "--gradient_accumulation_steps 0: give at least 1",
         ("--bf16", "--fp16"): "",  # which TrainingArguments refuses
         ("--dtype", "bloat16"): "invalid choice: 'bloat16'",
         ("--eval-data", "typo.json"): "--eval-data typo.json does not exist",
