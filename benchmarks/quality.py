@@ -26,7 +26,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -463,15 +463,15 @@ def measure_routings(
             save()
 
 
-def measure(name: str, args, record: dict) -> None:
-    """All cells of one LLaVA that are not there yet."""
-    folder = ROOT / "examples" / name
+def measure(name: str, folder: Path, args, record: dict, wanted: Collection[str] | None = None) -> None:
+    """All cells of the LLaVA in `folder` that are not there yet, or those of the methods `wanted`."""
     result = record["models"].setdefault(name, {"prompt_lengths": {}, "cells": {}})
     cells, seeds = result["cells"], range(args.seeds)
     processor = AutoProcessor.from_pretrained(folder)
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     check_weights(args.output, result, llava, folder)
     found = methods(llava.config.text_config.num_hidden_layers)
+    found = {key: found[key] for key in (found if wanted is None else wanted)}
     missing = {key: method for key, method in found.items() if any(str(s) not in cells.get(key, {}) for s in seeds)}
     if not missing:
         return
@@ -549,21 +549,26 @@ class Entry:
 
 
 def summarize(record: dict) -> list[Entry]:
-    """All methods whose seeds are all there, with the costs that today's formulas give."""
+    """All methods of all LLaVAs."""
     entries = []
     for model, result in record["models"].items():
-        config = AutoConfig.from_pretrained(ROOT / "examples" / model)
-        lengths: Counter[int] = Counter()
-        for counts in result["prompt_lengths"].values():
-            lengths.update({int(length): number for length, number in counts.items()})
-        seeds = result["prompt_lengths"].keys()
-        for name, method in methods(config.text_config.num_hidden_layers).items():
-            cell = result["cells"].get(name, {})
-            if not seeds <= cell.keys():
-                continue
-            accuracy = {kind: np.array([cell[seed][kind] for seed in seeds]) for kind in task.KINDS}
-            accuracy["all"] = np.mean(list(accuracy.values()), axis=0)
-            entries.append(Entry(model, name, *relative_cost(config, method, lengths), accuracy))
+        entries += summarize_model(model, result, AutoConfig.from_pretrained(ROOT / "examples" / model))
+    return entries
+
+
+def summarize_model(model: str, result: dict, config) -> list[Entry]:
+    """All methods whose seeds are all there, with the costs that today's formulas give."""
+    entries, lengths = [], Counter()
+    for counts in result["prompt_lengths"].values():
+        lengths.update({int(length): number for length, number in counts.items()})
+    seeds = result["prompt_lengths"].keys()
+    for name, method in methods(config.text_config.num_hidden_layers).items():
+        cell = result["cells"].get(name, {})
+        if not seeds <= cell.keys():
+            continue
+        accuracy = {kind: np.array([cell[seed][kind] for seed in seeds]) for kind in task.KINDS}
+        accuracy["all"] = np.mean(list(accuracy.values()), axis=0)
+        entries.append(Entry(model, name, *relative_cost(config, method, lengths), accuracy))
     return entries
 
 
@@ -638,11 +643,11 @@ EQUAL = {  # what is compared where it keeps as much: families by method
 }
 
 
-def cheapest_settings(record: dict) -> dict[tuple[str, str], list[tuple[Entry, np.ndarray] | None]]:
+def cheapest_settings(entries: list[Entry]) -> dict[tuple[str, str], list[tuple[Entry, np.ndarray] | None]]:
     """By LLaVA and method the setting that keeps `KEPT` of dense accuracy, on the mean of all kinds, for the fewest
     FLOPs, and the one for the fewest bytes, with what it keeps in each seed; None where none keeps as much."""
-    entries, settings = summarize(record), {}
-    for model, (method, families) in product(record["models"], EQUAL.items()):
+    settings, models = {}, dict.fromkeys(entry.model for entry in entries)
+    for model, (method, families) in product(models, EQUAL.items()):
         beside = [entry for entry in entries if entry.model == model]
         dense = next(entry for entry in beside if entry.name == "dense").accuracy["all"]
         kept = [(entry, entry.accuracy["all"] / dense) for entry in beside if entry.family in families]
@@ -656,7 +661,7 @@ def cheapest_settings(record: dict) -> dict[tuple[str, str], list[tuple[Entry, n
 def cheapest(record: dict) -> str:
     """The cheapest settings, what they cost and what they keep."""
     rows = []
-    for (model, method), pairs in cheapest_settings(record).items():
+    for (model, method), pairs in cheapest_settings(summarize(record)).items():
         row = [model, method]
         for cost, pair in zip(("flops", "kv_bytes"), pairs, strict=True):
             if pair is None:
@@ -673,7 +678,7 @@ def cheapest(record: dict) -> str:
 
 def costs_at_equal_accuracy(record: dict) -> str:
     """What the cheapest settings cost, a row for each method."""
-    settings, rows = cheapest_settings(record), []
+    settings, rows = cheapest_settings(summarize(record)), []
     for method in EQUAL:
         row = [method]
         for model in record["models"]:
@@ -809,6 +814,26 @@ def plot(entries: list[Entry], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def add_settings(parser: argparse.ArgumentParser, seeds: int, questions: int, output: Path) -> None:
+    """Options of how methods are trained and asked, with these defaults."""
+    parser.add_argument("--seeds", type=int, default=seeds, help="of questions and training (default: %(default)s)")
+    parser.add_argument(
+        "--questions", type=int, default=questions, help="of each kind and seed (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="of training a side branch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="conversations (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
+    parser.add_argument("--loss", choices=LOSSES, default="answer", help="that trains (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=800, help="conversations to learn from (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=output, help="default: %(default)s")
+
+
+def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    check_numbers(parser, args, 1, "seeds", "questions", "steps", "batch_size", "pool", "threads")
+    check_learning_rate(parser, args)
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.strip().split("\n\n")[0],
@@ -823,15 +848,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), help="folders of examples/ (default: %(default)s)"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--questions", type=int, default=100, help="of each kind and seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of training a side branch (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="conversations (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
-    parser.add_argument("--loss", choices=LOSSES, default="answer", help="that trains (default: %(default)s)")
-    parser.add_argument("--pool", type=int, default=800, help="conversations to learn from (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    add_settings(parser, seeds=5, questions=100, output=RESULTS)
     parser.add_argument("--figure", type=Path, help=f"default: beside --output; with that left out, {FIGURE}")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
@@ -845,8 +862,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
                 f"there is no examples/{name}: train it with python scripts/train_tiny_llava.py "
                 f"--layers {layers if layers.isdigit() else 8} --output examples/{name}"
             )
-    check_numbers(parser, args, 1, "seeds", "questions", "steps", "batch_size", "pool", "threads")
-    check_learning_rate(parser, args)
+    check_settings(parser, args)
     if not args.report:
         check_output(parser, args.output)
     check_output(parser, args.figure)
@@ -865,7 +881,7 @@ def main() -> int:
         settings = {name: getattr(args, name) for name in SETTINGS}
         record = read_results(args.output, {"settings": settings, "models": {}})
         for name in args.models:
-            measure(name, args, record)
+            measure(name, ROOT / "examples" / name, args, record)
     entries = summarize(record)
     print(table(entries))
     print(verdict(entries))

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import analysis, compiled, conversion, fuzz, quality, side_branch_seeds, soak, speed, training
+from benchmarks import (
+    analysis,
+    compiled,
+    conversion,
+    dense_seeds,
+    fuzz,
+    quality,
+    side_branch_seeds,
+    soak,
+    speed,
+    training,
+)
 from benchmarks.command import write_record
 
 SCRIPTS = (analysis, compiled, conversion, fuzz, quality, side_branch_seeds, soak, speed, training)
@@ -41,6 +52,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(script, monkeypatch
         (quality, "--seeds 0", "--seeds 0 must be at least 1"),
         (quality, "--questions -1", "--questions -1 must be at least 1"),
         (quality, "--learning-rate nan", "--learning-rate nan must be more than 0"),
+        (dense_seeds, "--pool 0", "--pool 0 must be at least 1"),
         (side_branch_seeds, "--seeds -1", "--seeds -1 must be at least 0"),
         (side_branch_seeds, "--batch-size 0", "--batch-size 0 must be at least 1"),
         (side_branch_seeds, "--learning-rate inf", "--learning-rate inf must be more than 0"),

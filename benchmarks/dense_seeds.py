@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+Does it hold for another LLaVA? The comparison of `quality.py` on LLaVAs trained alike, each from a seed of its own.
+
+The seeds of `quality.py` are those of its questions and of training DPVR: all of them ask one and the same LLaVA. Here
+LLaVA itself is made anew: its weights, the tower's included, the pictures and questions that it learned from. Every
+LLaVA gives one value, the mean over its questions and seeds; intervals are over LLaVAs. At which layer the text has
+read the image differs between them, so every method is asked at more layers than the one that was best elsewhere.
+
+Each result is written as it is there; an interrupted run goes on where it was.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from benchmarks import quality
+from benchmarks.command import check_output, read_record
+from benchmarks.quality import LAST, SETTINGS, TRAININGS, Entry, percent
+from benchmarks.side_branch_seeds import read_results
+from benchmarks.tables import markdown
+
+RESULTS = ROOT / "benchmarks" / "results" / "dense_seeds.json"
+TINY = ROOT / "examples" / "tiny-llava"
+RECIPE = ("tower_steps", "text_steps", "steps", "layers", "hidden_size")  # of a LLaVA's own training.json
+TRAINED = {  # what is trained, where it may be the cheapest to keep as much
+    f"vtw/{{}}/{LAST}": (3, 4),
+    f"fastv/4/{{}}/{LAST}": (0.5, 0.75, 0.9),
+    f"pyramid/4-5-6/{{}}/{LAST}": quality.PYRAMID_SHARES,
+    "dpvr/{}/trained": (2, 3, 4, 5, 6),
+    "dpvr/{}/trained with fusion": (1, 2, 3, 4),
+    "dpvr/{}/trained with fusion/no side layers": (1, 2, 3),
+}
+
+
+def method_names(num_layers: int) -> list[str]:
+    """All of `quality.py` that train nothing, and `TRAINED`."""
+    names = [name for name in quality.methods(num_layers) if "trained" not in name or name.endswith("/untrained")]
+    return names + [pattern.format(value) for pattern, values in TRAINED.items() for value in values]
+
+
+def recipe(folder: Path) -> dict:
+    """How a LLaVA was trained, but for its seed; `examples/tiny-llava` is older than two of the fields."""
+    record = json.loads((folder / "training.json").read_text())
+    return {name: record.get(name, {"layers": 8, "hidden_size": 128}.get(name)) for name in RECIPE}
+
+
+def summarize(record: dict) -> list[Entry]:
+    config = AutoConfig.from_pretrained(TINY)
+    return [e for model, result in record["models"].items() for e in quality.summarize_model(model, result, config)]
+
+
+def table(record: dict) -> str:
+    """What each method costs at least in each LLaVA, in FLOPs, where it keeps as much as `quality.KEPT` says."""
+    settings, models, rows = quality.cheapest_settings(summarize(record)), list(record["models"]), []
+    for method in quality.EQUAL:
+        pairs = [settings[model, method][0] for model in models]
+        costs = np.array([np.nan if pair is None else pair[0].flops for pair in pairs])
+        shown = ["none" if np.isnan(cost) else f"{100 * cost:.0f}" for cost in costs]
+        rows.append([method, *shown, "" if np.isnan(costs).any() else percent(costs)])
+    return markdown(["method", *models, "mean"], rows)
+
+
+def by_layer(record: dict) -> str:
+    """Right answers in percent, all kinds, where vision leaves at each layer: mean, interval and range over LLaVAs."""
+    found: dict[str, list[float]] = {}
+    for entry in summarize(record):
+        found.setdefault(entry.name, []).append(100 * entry.accuracy["all"].mean())
+    columns = {"VTW": "vtw/{}"} | {training: f"dpvr/{{}}/{training}" for training in TRAININGS}
+    rows = []
+    for layer in range(1, AutoConfig.from_pretrained(TINY).text_config.num_hidden_layers):
+        cells = [found.get(column.format(layer), []) for column in columns.values()]
+        shown = [f"{percent(np.array(x) / 100)} [{min(x):.1f}, {max(x):.1f}]" if x else "" for x in cells]
+        rows.append([str(layer), *shown])
+    return markdown(["layer", *columns], rows)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        epilog="examples:\n"
+        "  python scripts/train_tiny_llava.py --seed 1 --output /tmp/tiny-llava-1     25 minutes each\n"
+        "  python benchmarks/dense_seeds.py examples/tiny-llava /tmp/tiny-llava-1 --output /tmp/dense_seeds.json\n"
+        "  python benchmarks/dense_seeds.py                                           the table of what is there\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", type=Path, nargs="*", help="folders of scripts/train_tiny_llava.py")
+    quality.add_settings(parser, seeds=2, questions=250, output=RESULTS)
+    args = parser.parse_args(arguments)
+    quality.check_settings(parser, args)
+    for folder in args.models:
+        if not (folder / "training.json").is_file() or not (folder / "model.safetensors").is_file():
+            parser.error(
+                f"{folder} is no folder of scripts/train_tiny_llava.py: it has no weights or no training.json"
+            )
+        if recipe(folder) != recipe(TINY):
+            parser.error(f"{folder} was trained with {recipe(folder)}, examples/tiny-llava with {recipe(TINY)}")
+    if args.models:
+        check_output(parser, args.output)
+    elif not args.output.is_file():
+        parser.error(f"there is no {args.output}, and no LLaVAs are given to measure")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    if args.models:
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        record = read_results(args.output, {"settings": settings, "models": {}})
+        for folder in args.models:
+            seed = json.loads((folder / "training.json").read_text())["seed"]
+            quality.measure(f"seed {seed}", folder, args, record, method_names(recipe(folder)["layers"]))
+    else:
+        record = read_record(args.output, ("settings", "models"))
+    print(table(record), by_layer(record), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
