@@ -50,7 +50,7 @@ def measure(models: list[speed.Method], num_vision: int, num_text: int, batch: i
         results[method.name] = {
             "logits_difference": float((logits - expected).norm() / expected.norm()),
             "compile_seconds": time.perf_counter() - begin,
-            "flops_ratio": method.flops(num_vision, num_text) / models[0].flops(num_vision, num_text),
+            "flops_ratio": speed.flops_ratio(method, models[0], num_vision, num_text),
         }
     seconds = {kind: {name: [] for name in results} for kind in kinds}
     title = f"{num_vision} + {num_text}, batch {batch}"
@@ -109,7 +109,7 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    models = speed.make_methods(args, device)[:2]
+    models = speed.make_methods(args, speed.default_settings(args), device)[:2]
     meter = speed.Meter(device)
     record = speed.new_record("benchmarks/compiled.py", args) | {"mode": args.mode}
     speed.measure_prompts(record, args, lambda *prompt: measure(models, *prompt, args, meter))

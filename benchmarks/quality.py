@@ -688,6 +688,46 @@ def costs_at_equal_accuracy(record: dict) -> str:
     return markdown(["method", *(f"{m}: {cost} %" for m in record["models"] for cost in ("FLOPs", "KV"))], rows)
 
 
+def at_depth_share(method, num_layers: int, new_num_layers: int):
+    """A method with its layers at the same share of another depth, or the next layer."""
+
+    def moved(layer: int) -> int:
+        return -(-layer * new_num_layers // num_layers)
+
+    if isinstance(method, Routing):
+        return replace(method, saturation_layer=moved(method.saturation_layer))
+    if isinstance(method, TrainedLast):
+        return TrainedLast(at_depth_share(method.stages, num_layers, new_num_layers))
+    return tuple(
+        replace(stage, layer=moved(stage.layer), ranking_layer=moved(stage.layer) + stage.ranking_layer - stage.layer)
+        for stage in method
+    )
+
+
+def settings_at_depth(record: dict, model: str, num_layers: int) -> dict[str, list]:
+    """By method the cheapest settings of one LLaVA, at the same shares of another depth."""
+    own = AutoConfig.from_pretrained(ROOT / "examples" / model).text_config.num_hidden_layers
+    found, settings = methods(own), cheapest_settings(summarize(record))
+    return {
+        name: [pair and at_depth_share(found[pair[0].name], own, num_layers) for pair in settings[model, name]]
+        for name in EQUAL
+    }
+
+
+def costs_in_llava(record: dict, vision_tokens: int = 576, text_tokens: int = 64) -> str:
+    """What the cheapest settings would cost LLaVA-1.5-7B at the same shares of its depth, by formula, a row for each
+    method: there is less text beside an image there, and a layer is less of the whole."""
+    llava = accounting.dense_config(DPVRConfig())
+    depth, prompt = llava.text_config.num_hidden_layers, (vision_tokens, text_tokens)
+    dense, rows = prompt_cost(llava, (), *prompt), [[name] for name in EQUAL]
+    for model in record["models"]:
+        for row, settings in zip(rows, settings_at_depth(record, model, depth).values(), strict=True):
+            for i, method in enumerate(settings):
+                config = routed_config(llava, method) if isinstance(method, Routing) else llava
+                row.append("none" if method is None else f"{prompt_cost(config, method, *prompt)[i] / dense[i]:.0%}")
+    return markdown(["method", *(f"{m}: {cost}" for m in record["models"] for cost in ("FLOPs", "KV"))], rows)
+
+
 def variants(record: dict) -> str:
     """What trains, and how deep the side branch and the fusion are, where vision leaves so early that it shows."""
     rows = []

@@ -33,8 +33,9 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -51,7 +52,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import accounting, baselines
 from benchmarks.caches import CACHE, make_cache, stored_bytes
-from benchmarks.command import check_hidden_size, check_numbers, check_output, usable_device, write_record
+from benchmarks.command import (
+    check_hidden_size,
+    check_numbers,
+    check_output,
+    read_record,
+    usable_device,
+    write_record,
+)
 from benchmarks.make_random_llava import make_config
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
@@ -60,6 +68,7 @@ CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration
 ROUTING = sys.modules[CODE.__module__]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+EMBEDDED = {"tiny-llava": 8, "tiny-llava-12": 12}  # LLaVAs and their decoder layers
 OPERATORS = {  # of a profile, by how their names begin
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": (
@@ -72,18 +81,26 @@ OPERATORS = {  # of a profile, by how their names begin
 }
 
 
+@dataclass(frozen=True)
+class Routing:
+    """A DPVR, by fields of its config."""
+
+    saturation_layer: int
+    num_side_layers: int
+
+
 @dataclass
 class Method:
     """A model to measure, and what the formulas say of it.
 
     Attributes:
-        flops: decoder FLOPs of a prompt, from its vision and text tokens.
+        flops: of a prompt, from its numbers of vision and text tokens.
         stages: of a baseline, see `baselines.py`.
     """
 
     name: str
     model: torch.nn.Module
-    flops: Callable[[int, int], int]
+    flops: Callable[[int, int], accounting.Flops]
     stages: tuple = ()
 
     def __call__(self, **inputs):
@@ -142,44 +159,61 @@ def make_weights(config, num_layers: int, one_layer: bool, device: torch.device)
     return weights
 
 
-def make_methods(args, device: torch.device) -> list[Method]:
-    dtype = DTYPES[args.dtype]
-    config = make_config(args.layers, args.hidden_size)
-    fields = config.to_dict()
-    fields.pop("model_type")
+def default_settings(args) -> dict[str, Routing | tuple]:
+    """DPVR with its saturation layer, and the baselines as their authors use them."""
     num_layers = args.layers
     layer = proportional_layer(num_layers) if args.saturation_layer is None else args.saturation_layer
-    routed = CODE.config_class(**fields, saturation_layer=layer)
+    quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
+    return {
+        f"DPVR (S={layer})": Routing(layer, 1),
+        "FastV (K=2, R=0.5)": baselines.fastv(2, 0.5),
+        f"VTW (K={num_layers // 2})": baselines.vtw(num_layers // 2),
+        f"PyramidDrop ({', '.join(map(str, quarters))}; 0.5)": baselines.pyramid_drop(quarters, 0.5),
+    }
+
+
+def equal_settings(llava: str, num_layers: int) -> dict[str, Routing | tuple]:
+    """Where each method of `quality.py` keeps 99 % of the accuracy of an embedded LLaVA for the fewest FLOPs, at the
+    same shares of the depth; what is computed alike, because only its training differs, stands there once."""
+    from benchmarks import quality
+
+    record, found = read_record(quality.RESULTS, ("models",)), {}
+    for name, (setting, _) in quality.settings_at_depth(record, llava, num_layers).items():
+        if isinstance(setting, quality.Routing):
+            setting = Routing(setting.saturation_layer, setting.num_side_layers)
+            where = f"S={setting.saturation_layer}"
+        elif setting is not None:
+            setting = getattr(setting, "stages", setting)
+            layers, share = ", ".join(str(stage.layer) for stage in setting), setting[0].share
+            where = f"{layers}; {share}" if len(setting) > 1 else f"K={layers}" + f", R={1 - share:.2g}" * (share > 0)
+        if setting is not None and setting not in found.values():
+            found[f"{name} ({where})"] = setting
+    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], Routing)))
+
+
+def make_methods(args, settings: dict[str, Routing | tuple], device: torch.device) -> list[Method]:
+    """Dense LLaVA, and a method for each of `settings`."""
+    dtype, num_layers = DTYPES[args.dtype], args.layers
+    config = make_config(num_layers, args.hidden_size)
+    fields = config.to_dict()
+    fields.pop("model_type")
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         weights = make_weights(config, num_layers, args.one_layer, device)
         dense = build(LlavaForConditionalGeneration, LlavaConfig(**fields), weights, dtype, device)
-        methods = [
-            Method("LLaVA", dense, lambda v, t: accounting.prefill_flops(config, v, t).decoder),
-            Method(
-                f"DPVR (S={layer})",
-                build(CODE, routed, weights, dtype, device),
-                lambda v, t: accounting.prefill_flops(routed, v, t).decoder,
-            ),
-        ]
         pruned = build(baselines.PrunedLlava, LlavaConfig(**fields), weights, dtype, device)
+        methods = [Method("LLaVA", dense, partial(accounting.prefill_flops, config))]
+        for name, setting in settings.items():
+            if isinstance(setting, Routing):
+                routed = CODE.config_class(**fields, **asdict(setting))
+                model = build(CODE, routed, weights, dtype, device)
+                methods.append(Method(name, model, partial(accounting.prefill_flops, routed)))
+            else:
+                count = partial(baselines.prefill_flops, config, setting)
+                methods.append(Method(name, pruned, count, setting))
     finally:
         torch.set_default_dtype(default)
-    quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
-    for name, stages in {
-        "FastV (K=2, R=0.5)": baselines.fastv(2, 0.5),
-        f"VTW (K={num_layers // 2})": baselines.vtw(num_layers // 2),
-        f"PyramidDrop ({', '.join(map(str, quarters))}; 0.5)": baselines.pyramid_drop(quarters, 0.5),
-    }.items():
-        methods.append(
-            Method(
-                name,
-                pruned,
-                lambda v, t, s=stages: baselines.prefill_flops(config, s, v, t).decoder,
-                stages,
-            )
-        )
     return methods
 
 
@@ -262,6 +296,11 @@ def decode(
             tokens[method.name] = outputs.logits[:, -1:].argmax(-1)
             seconds[method.name].append(taken)
     return seconds
+
+
+def flops_ratio(method: Method, base: Method, num_vision: int, num_text: int) -> float:
+    """Of the decoder, for a prompt."""
+    return method.flops(num_vision, num_text).decoder / base.flops(num_vision, num_text).decoder
 
 
 def shuffled(methods: list[Method], repetition: int) -> list[Method]:
@@ -379,7 +418,7 @@ def measure(methods: list[Method], num_vision: int, num_text: int, batch: int, a
             "prefill_seconds": summary(seconds[method.name]),
             "prefill_ratio": summary(ratios),
             "host_seconds": summary(host[method.name]) if meter.is_cuda else None,
-            "flops_ratio": method.flops(num_vision, num_text) / base.flops(num_vision, num_text),
+            "flops_ratio": flops_ratio(method, base, num_vision, num_text),
             "first_token_seconds": summary([a + b for a, b in zip(seconds[method.name], tower, strict=True)]),
             "decode_step_seconds": summary(steps[method.name]),
             "decode_ratio": float(np.median(np.divide(steps[method.name], steps[base.name]))),
@@ -538,15 +577,26 @@ def parse_args() -> argparse.Namespace:
         epilog="examples:\n"
         "  python benchmarks/speed.py                                      LLaVA-1.5-7B in bfloat16\n"
         "  python benchmarks/speed.py --one-layer --dtype float32          where a CPU has no bfloat16, in 8 GB\n"
+        "  python benchmarks/speed.py --equal-accuracy tiny-llava --output s.json\n"
         "  python benchmarks/speed.py --layers 4 --hidden-size 256 --prompts 576+64 --repeats 2 --output s.json\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
+    parser.add_argument(
+        "--equal-accuracy",
+        choices=EMBEDDED,
+        help="instead of the authors' settings those in which the methods keep 99 %% of the accuracy of this embedded "
+        "LLaVA for the fewest FLOPs, at the same shares of the depth",
+    )
     parser.add_argument("--decode-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args()
     check_arguments(parser, args)
     check_numbers(parser, args, 1, "decode_tokens")
+    if args.equal_accuracy and args.saturation_layer is not None:
+        parser.error("--saturation-layer and --equal-accuracy, which chooses it, exclude each other")
+    if args.equal_accuracy and args.layers < (least := EMBEDDED[args.equal_accuracy]):
+        parser.error(f"--layers {args.layers} must be at least the {least} of {args.equal_accuracy}")
     check_output(parser, args.output)
     return args
 
@@ -584,7 +634,8 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     meter = Meter(device)
-    methods = make_methods(args, device)
+    settings = equal_settings(args.equal_accuracy, args.layers) if args.equal_accuracy else default_settings(args)
+    methods = make_methods(args, settings, device)
     record = new_record("benchmarks/speed.py", args)
     measure_prompts(record, args, lambda *prompt: measure(methods, *prompt, args, meter, device))
     print(table(record))

@@ -57,6 +57,8 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(script, monkeypatch
         (side_branch_seeds, "--batch-size 0", "--batch-size 0 must be at least 1"),
         (side_branch_seeds, "--learning-rate inf", "--learning-rate inf must be more than 0"),
         (speed, "--threads 0", "--threads 0 must be at least 1"),
+        (speed, "--layers 4 --equal-accuracy tiny-llava", "--layers 4 must be at least the 8 of tiny-llava"),
+        (speed, "--equal-accuracy tiny-llava --saturation-layer 2", "which chooses it, exclude each other"),
         (speed, "--device gpu", "'gpu' cannot be used: "),
         (training, "--device gpu", "'gpu' cannot be used: "),
         (compiled, "--hidden-size 100", "--hidden-size 100 must be a multiple of 128"),

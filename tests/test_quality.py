@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
-from benchmarks import quality
-from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
+from benchmarks import accounting, quality
+from benchmarks.baselines import PrunedLlava, fastv, prefill_loads, pyramid_drop, vtw
 from benchmarks.quality import Entry, Routing, TrainedLast
+from configuration_dpvr import DPVRConfig
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -300,3 +301,33 @@ def test_every_method_of_the_larger_model_has_a_cost(llava):
         flops, held = quality.relative_cost(llava_config, method, {50: 1})
         assert 0 < flops <= 1.1, name
         assert 0 < held <= 1.1, name
+
+
+def test_settings_keep_their_share_of_another_depth():
+    moved = [quality.at_depth_share(method, 8, 32) for method in (vtw(5), fastv(4, 0.9), Routing(1, "trained"))]
+    assert moved == [vtw(20), fastv(16, 0.9), Routing(4, "trained")]
+    assert quality.at_depth_share(pyramid_drop((4, 5, 6), 0.25), 8, 32) == pyramid_drop((16, 20, 24), 0.25)
+    assert quality.at_depth_share(TrainedLast(vtw(4)), 12, 32) == TrainedLast(vtw(11))  # 10.7: the next layer
+    assert quality.at_depth_share((), 8, 32) == ()
+
+
+def test_costs_in_llava_are_those_of_its_own_formulas(monkeypatch):
+    entries = [Entry("tiny-llava", *x, {"all": np.ones(2)}) for x in (("dense", 1.0, 1.0), ("vtw/5", 0.8, 0.8))]
+    entries.append(Entry("tiny-llava", "dpvr/4/trained", 0.7, 0.9, {"all": np.ones(2)}))
+    monkeypatch.setattr(quality, "summarize", lambda record: entries)
+    rows = quality.costs_in_llava({"models": {"tiny-llava": {}}}).splitlines()
+    config = DPVRConfig(saturation_layer=16)
+    dense = accounting.dense_config(config)
+    held = [sum(accounting.cache_bytes(each, 576, 64).values()) for each in (config, dense)]
+    read = accounting.read_one_token(accounting.prefill_loads(dense, 576, 64))
+    flops = accounting.prefill_flops(config, 576, 64).decoder / accounting.decoder_flops(dense, read)
+    assert f"| DPVR, side branch trained | {flops:.0%} | {held[0] / held[1]:.0%} |" in rows
+    assert f"| VTW | {baselines_share(dense):.0%} | {(20 * 640 + 12 * 64) / (32 * 640):.0%} |" in rows
+    assert "| FastV | none | none |" in rows
+
+
+def baselines_share(dense) -> float:
+    """FLOPs of VTW at layer 20 of 32, to those of LLaVA, both reading the last token alone in the last layer."""
+    read = accounting.read_one_token
+    loads = [read(prefill_loads(dense, vtw(20), 576, 64)), read(accounting.prefill_loads(dense, 576, 64))]
+    return accounting.decoder_flops(dense, loads[0]) / accounting.decoder_flops(dense, loads[1])

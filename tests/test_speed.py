@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accounting, compiled, speed
+from benchmarks import accounting, compiled, quality, speed
 
 SMALL = ["--layers", "4", "--hidden-size", "128", "--prompts", "576+8", "--repeats", "1", "--device", "cpu"]
 SMALL += ["--dtype", "float32"]
@@ -33,6 +33,22 @@ def test_speed_measures_every_method_and_its_cache_is_that_of_the_formulas(monke
     shown = capsys.readouterr().out
     assert speed.table(record) in shown
     assert all(f"| {name} |" in shown for name in measured["methods"])
+
+
+def test_methods_of_equal_accuracy_are_the_cheapest_that_quality_found(monkeypatch, tmp_path):
+    settings = speed.equal_settings("tiny-llava", 8)
+    record = json.loads(quality.RESULTS.read_text())
+    for name, (pair, _) in quality.settings_at_depth(record, "tiny-llava", 8).items():
+        if isinstance(pair, quality.Routing):
+            assert settings[f"{name} (S={pair.saturation_layer})"].saturation_layer == pair.saturation_layer
+        elif not isinstance(pair, quality.TrainedLast):
+            assert pair in settings.values()
+    options = ["--layers", "8", "--equal-accuracy", "tiny-llava", "--batch", "1", "--decode-tokens", "1"]
+    (measured,) = run(monkeypatch, speed, tmp_path / "speed.json", *options)["runs"]
+    names = list(measured["methods"])
+    assert names == ["LLaVA", *settings]
+    assert names[1].startswith("DPVR")  # whose parts are timed
+    assert measured["methods"][names[1]]["cache_bytes"] < measured["methods"]["LLaVA"]["cache_bytes"]
 
 
 def _fields(record):
