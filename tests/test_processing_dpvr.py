@@ -1,5 +1,6 @@
 """The processor: LLaVA-1.5's pixels and prompts, token types, and refusals that name the row."""
 
+import io
 import json
 import os
 import subprocess
@@ -136,6 +137,22 @@ def test_a_grey_array_may_come_with_any_order_of_channels(layout):
     torch.testing.assert_close(pixels, expected)
 
 
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("height", [3, 4])
+def test_a_stated_order_of_channels_is_followed(layout, height):
+    image = noise(5, height)
+    array = np.asarray(image)  # of (3, 5, 3) either end could hold the channels
+    array = array.transpose(2, 0, 1) if layout == "channels_first" else array
+    expected = PROCESSOR(images=image, text="<image>", return_tensors="pt").pixel_values
+    for options in ({"input_data_format": layout}, {"images_kwargs": {"input_data_format": layout}}):
+        pixels = PROCESSOR(images=array, text="<image>", return_tensors="pt", **options).pixel_values
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
+    processor = make_processor()
+    processor.max_image_pixels = 24
+    with pytest.raises(ValueError, match=f"5 x {height} pixels; padded to a square it would have 25"):
+        processor(images=array, text="<image>", input_data_format=layout)
+
+
 def test_arrays_and_tensors_give_the_pixels_of_the_image_they_hold():
     image = noise(12, 7)
     array = np.asarray(image)
@@ -145,8 +162,22 @@ def test_arrays_and_tensors_give_the_pixels_of_the_image_they_hold():
         torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
     pair = PROCESSOR(images=np.stack([array, array]), text="<image><image>", return_tensors="pt").pixel_values
     torch.testing.assert_close(pair, torch.cat([expected, expected]), rtol=0, atol=0)
-    grey = PROCESSOR(images=np.asarray(image.convert("L")), text="<image>", return_tensors="pt").pixel_values
-    np.testing.assert_allclose(grey[0].numpy(), original_pixels(image.convert("L"), SIZE), atol=1e-5)
+    grey = np.asarray(image.convert("L"))
+    for same in (grey, grey[None], grey[..., None]):
+        pixels = PROCESSOR(images=same, text="<image>", return_tensors="pt").pixel_values
+        np.testing.assert_allclose(pixels[0].numpy(), original_pixels(image.convert("L"), SIZE), atol=1e-5)
+    narrow = noise(3, 7)  # its last axis could hold channels too
+    expected = PROCESSOR(images=narrow, text="<image>", return_tensors="pt").pixel_values
+    pixels = PROCESSOR(images=np.asarray(narrow).transpose(2, 0, 1), text="<image>", return_tensors="pt").pixel_values
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
+
+
+def test_a_tensor_of_bfloat16_with_a_graph_gives_the_pixels_of_its_values():
+    image = torch.rand(3, 4, 9).bfloat16()
+    options = {"text": "<image>", "do_pad": False, "do_rescale": False, "return_tensors": "pt"}
+    expected = PROCESSOR(images=image.float(), **options).pixel_values
+    pixels = PROCESSOR(images=image.requires_grad_(), **options).pixel_values
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
 
 
 def test_paths_columns_generators_and_object_arrays_list_images_as_a_list_does(tmp_path):
@@ -238,6 +269,8 @@ def test_message_objects_are_taken_as_dicts_are():
         assert all(torch.equal(inputs[name], wanted[name]) for name in wanted)
     with pytest.raises(ValueError, match="Part 0 of message 0 of conversation 0 is text that holds <image>"):
         PROCESSOR.apply_chat_template([Message("user", [Part("text", "<image>")])])
+    with pytest.raises(ValueError, match="message 0 of conversation 0 is not a dict"):
+        PROCESSOR.apply_chat_template([Message])  # a class, which has the fields of none
 
 
 def test_float_images_are_refused_where_the_padding_colour_would_be_wrong():
@@ -306,6 +339,26 @@ def test_system_message_replaces_the_default_sentence(system):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
     prompt = PROCESSOR.apply_chat_template(messages, add_generation_prompt=True)
     assert prompt == original_prompt(("Hi", None), system="Be brief.")
+    messages[0]["content"] = ""
+    assert PROCESSOR.apply_chat_template(messages, add_generation_prompt=True) == "USER: Hi ASSISTANT:"
+
+
+def test_a_message_may_have_no_content():
+    messages = [{"role": "user", "content": None}, {"role": "assistant"}]
+    assert PROCESSOR.apply_chat_template(messages) == f"{VICUNA} USER:  ASSISTANT: </s>"
+
+
+def test_an_image_of_openais_form_is_an_image():
+    content = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Hi"}]
+    prompt = PROCESSOR.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert prompt == original_prompt(("<image>\nHi", None))
+
+
+@pytest.mark.parametrize(("eos_token", "end"), [("<unk>", "<unk>"), (None, "</s>")])
+def test_an_answer_ends_with_the_tokenizers_token_or_llavas(eos_token, end):
+    processor = DPVRProcessor.from_llava(make_tokenizer(eos_token=eos_token), image_size=SIZE, patch_size=PATCH)
+    prompt = processor.apply_chat_template(as_messages(("Hi", "Yes."), parts=False))
+    assert prompt == original_prompt(("Hi", "Yes.")).replace("</s>", end)
 
 
 @pytest.mark.parametrize(
@@ -410,6 +463,7 @@ def test_empty_images_videos_and_audio_mean_none(empty):
     expected = PROCESSOR(text=prompts)
     assert set(expected) == {"input_ids", "attention_mask", "mm_token_type_ids"}
     assert PROCESSOR(images=empty, text=prompts).data == expected.data
+    assert PROCESSOR(images=np.empty((0, 4, 4, 3), np.uint8), text=prompts).data == expected.data
     assert PROCESSOR(text=prompts, videos=empty, audio=empty).data == expected.data
     assert PROCESSOR(text=prompts, videos=empty, audios=empty).data == expected.data
 
@@ -490,6 +544,8 @@ def test_image_that_breaks_while_it_is_decoded_is_named(tmp_path):
     [
         (b"x", "Image 1 of prompt 0 is a bytes"),
         (3, "Image 1 of prompt 0 is a int"),
+        ({"bytes": b"x", "path": None}, "Image 1 of prompt 0 is a dict"),
+        (io.BytesIO(b"two\nlines"), "Image 1 of prompt 0 is a BytesIO"),
         (np.zeros((0, 4, 3), np.uint8), "Image 1 of prompt 0 has no pixels"),
     ],
 )
@@ -537,6 +593,8 @@ def test_from_llava_counts_the_tokens_of_its_settings():
         options = {"vision_feature_select_strategy": strategy, "num_additional_image_tokens": extra}
         ids = make_processor(**options)(images=IMAGE_1, text="<image>")["mm_token_type_ids"]
         assert ids[0].count(1) == expected
+    ids = DPVRProcessor(clip(28), make_tokenizer())(images=IMAGE_1, text="<image>")["mm_token_type_ids"]
+    assert ids[0].count(1) == 4  # patches of 14, without the class token
 
 
 FRESH = """

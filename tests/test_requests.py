@@ -105,6 +105,7 @@ BAD_IMAGES = {
     "floats": (Image.new("F", (4, 4)), "is of mode F, whose range is not known"),
     "an array of NaN": (np.full((4, 4, 3), np.nan), "NaN or infinite"),
     "a tensor with one infinite value": (torch.tensor([[[0.0, float("inf")]]]), "NaN or infinite"),
+    "a tensor with one infinite value below": (torch.tensor([[[0.0, -float("inf")]]]), "NaN or infinite"),
     "floats that are padded": (np.zeros((4, 4, 3)), r"is of float64; padding takes uint8. Or set `do_pad=False`"),
     "booleans": (np.zeros((4, 4, 3), bool), "is of bool; give uint8"),
     "complex numbers": (np.zeros((4, 4, 3), complex), "is of complex128"),
@@ -112,9 +113,11 @@ BAD_IMAGES = {
     "two channels": (np.zeros((6, 5, 2), np.uint8), r"is of shape \(6, 5, 2\)"),
     "five channels": (torch.zeros(5, 7, 6, dtype=torch.uint8), r"is of shape \(5, 7, 6\)"),
     "one dimension": (np.zeros(3, np.uint8), r"is of shape \(3,\)"),
+    "five dimensions": (np.zeros((1, 4, 4, 3, 1), np.uint8), r"is of shape \(1, 4, 4, 3, 1\)"),
     "values of 16 bits": (np.full((4, 4, 3), 256, np.uint16), "values from 256 to 256; give whole numbers from 0 to"),
     "negative values": (np.full((4, 4, 3), -1), "values from -1 to -1"),
     "no pixels": (np.zeros((4, 0, 3), np.uint8), "has no pixels"),
+    "a picture without pixels": (Image.new("RGB", (0, 4)), "has no pixels"),
     "a tensor without storage": (torch.zeros(3, 4, 4, device="meta"), "a tensor without plain values"),
     "a number": (3, "is a int; give a PIL image"),
     "bytes": (b"\x89PNG", "is a bytes; give a PIL image"),
@@ -226,7 +229,29 @@ def test_the_limit_of_pixels_can_be_raised():
     with pytest.raises(ValueError, match="8 x 4 pixels; padded to a square it would have 64, more than .* 50"):
         processor(images=noise(8, 4), text="<image>")
     processor.max_image_pixels = 64
-    assert processor(images=noise(8, 4), text="<image>", return_tensors="pt").pixel_values.shape == (1, 3, SIZE, SIZE)
+    for size in ((8, 4), (8, 8)):
+        inputs = processor(images=noise(*size), text="<image>", return_tensors="pt")
+        assert inputs.pixel_values.shape == (1, 3, SIZE, SIZE)
+
+
+def test_a_size_that_is_not_used_costs_nothing():
+    expected = PROCESSOR(images=GOOD, text="<image>", return_tensors="pt").pixel_values
+    options = {"do_center_crop": False, "crop_size": {"height": 10_000, "width": 10_000}}
+    pixels = PROCESSOR(images=GOOD, text="<image>", return_tensors="pt", **options).pixel_values
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
+    options = {"do_resize": False, "size": {"shortest_edge": 10_000}}
+    pixels = PROCESSOR(images=GOOD, text="<image>", return_tensors="pt", **options).pixel_values
+    assert pixels.shape == expected.shape
+
+
+def test_a_download_that_gives_no_byte_is_given_up(monkeypatch):
+    def load_image(source, timeout=None):
+        assert (source, timeout) == ("https://example.org/a.png", 60)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("processing_dpvr.load_image", load_image)
+    with pytest.raises(ValueError, match="Image 0 of prompt 0 cannot be read: TimeoutError: timed out"):
+        PROCESSOR(images="https://example.org/a.png", text="<image>")
 
 
 def test_pixels_that_the_vision_tower_cannot_take_are_refused_by_the_model_itself(model, usual):
@@ -320,8 +345,9 @@ def test_a_coloured_array_of_one_or_four_rows_is_not_taken_for_channels(height):
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 def test_a_picture_of_16_bits_is_scaled_and_not_clipped(mode):
-    values = np.random.default_rng(0).integers(0, 256, (5, 7))
-    words = (values * 257).astype("<u2" if mode == "I;16" else ">u2")
+    words = np.random.default_rng(0).integers(0, 65536, (5, 7))
+    words[0, :3] = 0, 512, 65535
+    values, words = words // 257, words.astype("<u2" if mode == "I;16" else ">u2")
     image = Image.frombytes(mode, values.shape[::-1], words.tobytes())
     expected = original_pixels(Image.fromarray(values.astype(np.uint8)), SIZE)
     pixels = PROCESSOR(images=image, text="<image>", return_tensors="pt").pixel_values
@@ -389,8 +415,10 @@ def test_a_prompt_as_long_as_the_context_and_an_empty_one_are_answered(model):
 
 
 def test_an_empty_prompt_without_a_first_token_is_refused():
-    with pytest.raises(ValueError, match="Prompt 1 is empty"):
-        PROCESSOR(text=["a", ""], add_special_tokens=False)
+    for options in ({}, {"padding": True}, {"return_attention_mask": False}):
+        with pytest.raises(ValueError, match="Prompt 1 is empty"):
+            PROCESSOR(text=["a", ""], add_special_tokens=False, **options)
+    assert len(PROCESSOR(text="b" * (CONTEXT - 1), return_attention_mask=False)["input_ids"][0]) == CONTEXT
 
 
 def chat(*content, **message):
@@ -438,14 +466,22 @@ BAD_CHATS = {
     "one of two empty": ([chat({"type": "text", "text": "a"}), []], r"Conversation 1 is \[\]"),
     "a message that is a string": (["Hi"], "message 0 of conversation 0 is not a dict"),
     "a message without a role": ([{"content": "Hi"}], "message 0 of conversation 0 is not a dict with a `role`"),
+    "a role that is a number": (
+        [{"role": 3, "content": "Hi"}],
+        "message 0 of conversation 0 is not a dict with a `role`",
+    ),
     "content that is a number": ([{"role": "user", "content": 3}], "message 0 of conversation 0 has a int"),
     "a part that is a string": (chat("Hi"), "Part 0 of message 0 of conversation 0 is not a dict with a `type`"),
     "a part without a type": (chat({"text": "Hi"}), "Part 0 of message 0 of conversation 0 is not a dict"),
+    "a type that is a number": (
+        chat({"type": 3}),
+        "Part 0 of message 0 of conversation 0 is not a dict with a `type`",
+    ),
     "text that is a number": (chat({"type": "text", "text": 3}), "`text` is no string"),
     "a video": (chat({"type": "video", "video": "a.mp4"}), "is of type video; give text and images only"),
     "audio": (chat({"type": "audio", "audio": "a.wav"}), "is of type audio; give text and images only"),
     "an unknown role": ([{"role": "tool", "content": "Hi"}], "message 0 is of role tool"),
-    "an image that is none": (chat({"type": "image", "image": 3}), "Image 0 of prompt 0 is a int"),
+    "an image that is none": (chat({"type": "image", "image": 3}), "^Image 0 of prompt 0 is a int"),
     "an image without a source": (chat({"type": "image"}), "Prompt 0 has 1 <image> and 0 images"),
 }
 
