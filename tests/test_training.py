@@ -45,7 +45,7 @@ from training.data import (
     read_conversation,
     read_rows,
 )
-from training.staged import IGNORED, StagedModel, collate_rows, predicts, split_rows
+from training.staged import IGNORED, LOSSES, StagedModel, collate_rows, predicts, split_rows
 from training.trainer import TRAINED_WEIGHTS, GroupedByLength, SideBranchTrainer, last_checkpoint
 
 
@@ -147,6 +147,15 @@ def test_the_answer_loss_is_that_of_the_model_itself():
     model, batch = staged("answer"), training_batch()
     expected = model.base(**batch).loss
     assert model(**batch)["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_without_an_answer_adds_nothing(loss):
+    model, batch = staged(loss), training_batch()
+    batch["labels"].fill_(IGNORED)
+    value, grads = gradients(model, batch)
+    assert value == 0
+    assert not any(grad.any() for grad in grads.values())
 
 
 def test_a_plan_that_fails_leaves_the_model_as_it_was(monkeypatch):

@@ -310,10 +310,11 @@ def pack(belongs: torch.BoolTensor, width: int | None = None) -> tuple[torch.Lon
     """Columns of the tokens where `belongs` `(B, T)` is True, packed to the right, and which are no padding.
 
     Args:
-        width: how many the fullest row has, if that is known; else the host waits for the device to count them.
+        width: how many the fullest row has, if that is known; else the host waits for the device to count them, and
+            there is one column at least: attention takes no empty sequence.
     """
     if width is None:
-        width = int(belongs.sum(-1).amax())
+        width = max(1, int(belongs.sum(-1).amax()))
     index = belongs.to(torch.uint8).argsort(dim=-1, stable=True)[:, belongs.shape[1] - width :]
     return index, belongs.gather(1, index)
 
