@@ -1,9 +1,11 @@
 """A training step in two parts, the data, the cache of features, and the command that trains."""
 
 import copy
+import datetime
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -139,6 +141,10 @@ def test_lora_in_the_joint_layers_trains_and_its_features_are_not_kept(tmp_path)
     torch.testing.assert_close(features.teacher_states, plain.teacher_states)
     assert (features.hidden_states - plain.hidden_states).abs().max() > 1e-3
     assert all(grad.abs().max() > 0 for grad in gradients(model, batch)[1].values())
+    with torch.no_grad():
+        features = model.compute_features(with_teacher=False, **batch)
+    assert features.hidden_states.grad_fn is None
+    assert features.teacher_states is None
     with pytest.raises(ValueError, match="before the fusion layers trains"):
         feature_cache.cache_features(tmp_path, model, None)
 
@@ -149,6 +155,24 @@ def test_the_answer_loss_is_that_of_the_model_itself():
     assert model(**batch)["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("target", [None, r".*lm_head"])
+def test_the_distillation_loss_is_the_divergence_from_llavas_answers(target):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules=target, init_lora_weights=False) if target else None
+    model, plain, batch = staged(lora=lora), staged(), training_batch()
+    assert model.features_frozen
+    with torch.no_grad():
+        features = model.compute_features(**batch)
+        student = model.base.lm_head(model.answer_states(features)).softmax(-1)
+        teacher = plain.base.lm_head(plain.compute_features(**batch).teacher_states).softmax(-1)
+        expected = (teacher * (teacher / student).log()).sum(-1).mean().item()
+        assert model(**batch)["loss"].item() == pytest.approx(expected, rel=1e-4)
+        cached = collate_rows(split_rows(features))
+        cached["teacher_states"] = cached["teacher_states"].bfloat16()  # as they may have been stored
+        assert model(**cached)["loss"].item() == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_batch_without_an_answer_adds_nothing(loss):
     model, batch = staged(loss), training_batch()
@@ -156,6 +180,24 @@ def test_a_batch_without_an_answer_adds_nothing(loss):
     value, grads = gradients(model, batch)
     assert value == 0
     assert not any(grad.any() for grad in grads.values())
+
+
+def test_a_loss_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="loss='mse' is none of answer, distill"):
+        staged("mse")
+
+
+def test_pictures_come_in_the_type_of_the_model():
+    features = staged().bfloat16().compute_features(**training_batch())
+    assert features.hidden_states.dtype == features.teacher_states.dtype == torch.bfloat16
+
+
+def test_an_attention_that_takes_no_mask_runs_the_last_layer_whole(monkeypatch):
+    model = staged()
+    last = model.layers()[2][-1]
+    assert model.can_read(last)
+    monkeypatch.setattr(model.core.language_model.config, "_attn_implementation", "flash_attention_2")
+    assert not model.can_read(last)
 
 
 def test_a_plan_that_fails_leaves_the_model_as_it_was(monkeypatch):
@@ -424,8 +466,57 @@ def test_bad_rows_are_listed_with_their_reasons_and_good_ones_stand_in(pictures,
     assert "20 bad rows (9 no conversation, 3 missing image" in data.bad_rows.summary()
     with (tmp_path / "bad.jsonl").open("a") as file:
         file.write('{"row": 99, "rea')  # as a full disk leaves it
+        file.write('\n5\n{"reason": "no row"}\n')
     assert len(BadRows(tmp_path / "bad.jsonl", fresh=False).reasons()) == len(BAD)
     assert data.num_rows() == len(rows) - len(BAD)
+
+
+def test_behind_the_last_row_the_first_stands_in_and_no_row_comes_before_it(pictures, processor, tmp_path):
+    (pictures / "broken.png").write_bytes(b"no image")
+    first, last = {"id": datetime.date(2026, 1, 1), **TURNS}, bad_row(image="broken.png", id=datetime.date(2026, 1, 2))
+    data = ConversationDataset([first, last], processor, pictures, BadRows(tmp_path / "bad.jsonl"), 1024)
+    assert torch.equal(data[1]["input_ids"], data[0]["input_ids"])
+    assert [line["id"] for line in data.bad_rows.lines()] == ["2026-01-02"]
+    with pytest.raises(IndexError):
+        data[-1]
+
+
+def test_rows_are_held_back_from_the_end_and_as_long_as_llava_counts_them(pictures, processor, tmp_path):
+    data = open_data(pictures / "good.json", pictures, processor, tmp_path / "bad.jsonl")
+    rows = json.loads((pictures / "good.json").read_text())
+    words = [sum(len(turn["value"].replace("<image>", "").split()) for turn in row["conversations"]) for row in rows]
+    assert data.lengths() == [n + 128 * (1 if i % 5 else 0) + 128 * (i == 3) for i, n in enumerate(words)]
+    held_back = data.hold_back(3)
+    assert (data.good, held_back.good) == ([*range(7)], [7, 8, 9])
+    with pytest.raises(ValueError, match="Holding back 7 of 7 rows leaves nothing to train on"):
+        data.hold_back(7)
+
+
+def test_padding_is_no_token_no_image_and_no_answer():
+    rows = [{name: torch.full((n,), 1) for name in ("input_ids", "mm_token_type_ids", "labels")} for n in (1, 3)]
+    batch = Collator(pad_token_id=7)(rows)
+    assert {name: values[0].tolist() for name, values in batch.items()} == {
+        "input_ids": [1, 7, 7],
+        "attention_mask": [1, 0, 0],
+        "mm_token_type_ids": [1, 0, 0],
+        "labels": [1, IGNORED, IGNORED],
+    }
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }} {{ m.content[-1].text }}"
+        "{{ '!' if loop.last and m.role == 'assistant' }}{% endfor %}",
+        "{% for m in messages %}{{ m.role }} {{ m.content[-1].text }}{% endfor %}{{ '?' if add_generation_prompt }}",
+    ],
+)
+def test_a_template_that_writes_a_turn_another_way_once_others_follow_makes_bad_rows(template, processor):
+    writes = copy.deepcopy(processor)
+    writes.chat_template = template
+    messages, _ = read_conversation({"messages": TURNS["messages"] * 2})
+    with pytest.raises(BadRowError, match="template: the chat template writes turn 1 in another way"):
+        encode(writes, messages, [], 1024)
 
 
 def test_processes_that_load_data_list_a_bad_row_once(pictures, processor, tmp_path):
@@ -531,6 +622,36 @@ def test_data_that_the_datasets_library_cannot_read_is_named(name, tmp_path):
         read_rows(source)
 
 
+def test_a_broken_image_of_a_datasets_row_is_called_so_and_its_bytes_come_before_its_path(
+    pictures, processor, tmp_path
+):
+    datasets = pytest.importorskip("datasets")
+    contents = [(pictures / "1.png").read_bytes(), b"no image"]
+    for name in ("image", "images"):
+        images = [{"path": "of another machine.png", "bytes": content} for content in contents]
+        columns = {"messages": [TURNS["messages"]] * 2, name: [[image] for image in images]}
+        kind = datasets.List(datasets.Image())
+        if name == "image":
+            columns[name], kind = images, datasets.Image()
+        datasets.Dataset.from_dict(columns).cast_column(name, kind).save_to_disk(tmp_path / name)
+        data = open_data(tmp_path / name, tmp_path, processor, tmp_path / f"{name}.jsonl")
+        assert torch.equal(data[0]["pixel_values"], data[1]["pixel_values"])
+        assert data.bad_rows.reasons() == {1: "corrupt image"}
+        again, digest = (
+            open_data(tmp_path / name, tmp_path, processor, tmp_path / "2.jsonl"),
+            feature_cache.data_digest,
+        )
+        assert digest(data) == digest(again)
+        columns[name] = columns[name][::-1]
+        datasets.Dataset.from_dict(columns).cast_column(name, kind).save_to_disk(tmp_path / f"other {name}")
+        assert digest(data) != digest(open_data(tmp_path / f"other {name}", tmp_path, processor, tmp_path / "3.jsonl"))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([TURNS]), encoding="utf-8-sig")
+    assert read_rows(tmp_path / "rows.json") == [TURNS]
+
+
 def test_data_without_rows_is_called_empty(tmp_path):
     for name, text in (("rows.json", "[]"), ("rows.jsonl", "\n")):
         (tmp_path / name).write_text(text)
@@ -566,6 +687,21 @@ def test_messages_that_place_no_image_begin_with_all():
     row["messages"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "x"}]
     with pytest.raises(BadRowError, match="image count: 1 <image> in the conversation, 2 images"):
         read_conversation(row)
+    with pytest.raises(BadRowError, match="image count: 1 <image> in the conversation, 0 images"):
+        read_conversation({"messages": row["messages"]})
+    with pytest.raises(BadRowError, match="image count: 0 <image> in the conversation, 1 images"):
+        read_conversation(bad_row(conversations=[{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]))
+    with pytest.raises(BadRowError, match="image count: turn 0, of the system, holds <image>"):
+        read_conversation({"messages": [{"role": "system", "content": "<image>"}, *TURNS["messages"]]})
+
+
+def test_the_texts_of_a_message_are_joined_by_a_space_behind_its_images():
+    texts = [{"type": "text", "text": text} for text in (" a <image>", None, "b ")]
+    content = [texts[0], {"type": "image_url", "image_url": {"url": "c"}}, *texts[1:]]
+    messages, _ = read_conversation(
+        {"images": ["d", "c"], "messages": [{"role": "user", "content": content}, *TURNS["messages"][1:]]}
+    )
+    assert messages[0]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a  b"}]
 
 
 # --- cached features
@@ -633,13 +769,24 @@ def test_features_of_something_else_are_refused_with_both_values(cached):
     with pytest.raises(feature_cache.CacheError, match="with processor '"):
         feature_cache.cache_features(folder, model, data)
     data.processor.num_additional_image_tokens -= 1
+    processor = data.processor
+    other_template, other_words = copy.deepcopy(processor), copy.deepcopy(processor)
+    other_template.chat_template += "{# other #}"
+    other_words.tokenizer.add_tokens(["new"])
+    for data.processor in (other_template, other_words):
+        with pytest.raises(feature_cache.CacheError, match="with processor '"):
+            feature_cache.cache_features(folder, model, data)
+    data.processor, data.max_length = processor, 1025
+    with pytest.raises(feature_cache.CacheError, match="with max_length 1024, but this run has 1025"):
+        feature_cache.cache_features(folder, model, data)
+    data.max_length = 1024
     model.config.num_side_layers, model.config.use_cache = 5, False  # on neither do features depend
     feature_cache.cache_features(folder, model, data)
     model.config.num_side_layers = 1
     with torch.no_grad():
         model.core.side_branch.layers[0].mlp.up_proj.weight.add_(1)  # what trains may differ
         feature_cache.cache_features(folder, model, data)
-        model.core.language_model.norm.weight.add_(1)
+        model.core.language_model.norm.weight[-1].add_(1)
     with pytest.raises(feature_cache.CacheError, match="with weights '"):
         feature_cache.cache_features(folder, model, data)
 
@@ -712,6 +859,58 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(cached, 
     with pytest.raises(feature_cache.CacheError, match=r"need about .* GB more, but .* has 1e-06 GB free"):
         feature_cache.cache_features(folder, model, data)
     assert not list(folder.iterdir())
+    usage = usage._replace(
+        free=int(feature_cache.SHARD_BYTES / 3 * 11)
+    )  # the last of four shards has one row of three
+    feature_cache.cache_features(folder, model, data)
+
+
+def test_a_shard_has_one_row_at_least(tmp_path):
+    index = feature_cache.open_index(tmp_path, {}, 2 * feature_cache.SHARD_BYTES, 3, is_told=False)
+    assert (index["rows_per_shard"], feature_cache.num_shards(index)) == (1, 3)
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.EDQUOT, feature_cache.CacheError), (errno.EIO, OSError)])
+def test_a_file_that_cannot_be_written_leaves_nothing(code, error, tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(error):
+        feature_cache.write_whole(tmp_path / "file", b"content")
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_are_made_as_the_trainer_evaluates_whatever_is_stored(cached, processor):
+    model, data, folder = cached
+    for layer in model.core.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    features = feature_cache.CachedFeatures(
+        feature_cache.cache_features(folder, model, data, dtype=torch.bfloat16, batch_size=1)
+    )
+    assert model.training
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (row,) = split_rows(model.compute_features(**Collator(processor.tokenizer.pad_token_id)([data[1]])))
+    for name in ("hidden_states", "teacher_states"):
+        assert features[1][name].dtype == torch.bfloat16
+        assert torch.equal(features[1][name], row[name].bfloat16())
+    feature_cache.cache_features(folder, model, data, dtype=torch.bfloat16)
+    assert not model.training
+
+
+def test_processes_share_the_shards_and_readers_can_be_sent_to_others(cached):
+    model, data, folder = cached
+    feature_cache.cache_features(folder, model, data, rank=1, world_size=2)
+    names = [f"features-{shard:05}.safetensors" for shard in (1, 3)]
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == names
+    features = feature_cache.CachedFeatures(feature_cache.cache_features(folder, model, data, rank=0, world_size=2))
+    assert len(list(features)) == 10
+    sent = pickle.loads(pickle.dumps(features))  # with files open
+    assert_same(sent[9], features[9])
+    with pytest.raises(IndexError):
+        features[-1]
 
 
 def test_rows_that_turn_out_bad_are_left_out_of_the_features(cached, pictures):
@@ -723,8 +922,9 @@ def test_rows_that_turn_out_bad_are_left_out_of_the_features(cached, pictures):
     assert data.bad_rows.reasons() == {1: "corrupt image"}
     assert data.num_rows() == 9
     data.bad_rows = BadRows(folder.parent / "another run.jsonl")
-    feature_cache.cache_features(folder, model, data)  # which computes nothing
-    assert data.bad_rows.reasons() == {1: "corrupt image"}
+    for _ in range(2):
+        feature_cache.cache_features(folder, model, data)  # which computes nothing
+    assert [line["row"] for line in data.bad_rows.lines()] == [1]
 
 
 def test_leavings_of_a_kill_are_removed_and_a_broken_shard_is_named(cached):
