@@ -1,8 +1,10 @@
 """Adapters: PEFT files that hold the side branch and nothing else, on a DPVR or straight on a LLaVA checkpoint."""
 
+import copy
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
 
 from read_weights import ConversionError, Weight
-from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights
+from side_branch_weights import adapter_file, adapter_saturation_layer, adapter_weights, find_mismatch, make_sample
 from training.adapters import (
     AdapterError,
     add_adapter,
@@ -455,6 +457,29 @@ def test_an_adapter_of_another_model_is_refused_with_both_values(adapter, option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_that_was_only_rounded_is_the_same_base(adapter, dtype):
     load_adapter(make_base().to(dtype), adapter)
+
+
+@pytest.mark.parametrize("factor", [0.95, 1.05, -1.0])
+def test_a_base_is_another_one_where_any_value_of_its_sample_is_more_or_less(factor):
+    config, sample = make_dpvr().config, make_sample(lambda name: [0.5, -0.5, 0.0])
+
+    def mismatch(stated: dict) -> str | None:
+        return find_mismatch(Path("a"), {"base_sample": json.dumps(stated)}, config, sample, "this")
+
+    assert mismatch(sample) is None
+    for name, values in sample.items():
+        assert mismatch({name: values[:1]}) is None  # of what is not stated nothing is known
+        for i in range(2):
+            other = copy.deepcopy(sample)
+            other[name][i] *= factor
+            assert f"this has other weights: value {i} of {name} is" in mismatch(other)
+
+
+@pytest.mark.parametrize("stated", ["[1]", "no JSON", '{"model.language_model.norm.weight": ["1"]}'])
+def test_a_sample_that_is_none_is_named(stated):
+    sample = make_sample(lambda name: [0.5])
+    sentence = find_mismatch(Path("a"), {"base_sample": stated}, make_dpvr().config, sample, "this")
+    assert sentence == f"a states a base_sample that is no sample of weights: {stated}"
 
 
 def test_shapes_are_compared_where_nothing_is_stated(adapter, tmp_path):

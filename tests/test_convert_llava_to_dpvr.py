@@ -71,6 +71,15 @@ def test_llava_hf_weights_are_what_transformers_loads(tmp_path, names, suffix, n
     assert_same_weights(read_output(tmp_path / "dpvr"), dict(loaded.state_dict()))
 
 
+def test_pickled_tensors_may_lie_apart_in_memory(tmp_path):
+    source = write_llava_hf(tmp_path / "llava", make_llava(), suffix=".bin", num_files=1)
+    tensors = torch.load(source / "pytorch_model.bin")
+    spread = {key: torch.stack([tensor] * 2, -1)[..., 0] for key, tensor in tensors.items()}
+    torch.save(spread, source / "pytorch_model.bin")
+    convert(source, tmp_path / "dpvr")
+    assert_same_weights(read_output(tmp_path / "dpvr"), dict(make_llava().state_dict()))
+
+
 def test_files_of_save_pretrained_are_read(tmp_path):
     model = make_llava()
     source = write_llava_hf(tmp_path / "llava", model)
@@ -375,6 +384,7 @@ def test_of_two_sets_of_weights_transformers_choice_is_converted(tmp_path):
     )
     newer = write_llava_hf(tmp_path / "newer", make_llava(), num_files=1)
     (newer / "model.safetensors").rename(source / "model.safetensors")
+    (source / "pytorch_model.bin").write_bytes(b"older still")
     convert(source, tmp_path / "dpvr")
     assert_same_weights(
         read_output(tmp_path / "dpvr"), LlavaForConditionalGeneration.from_pretrained(source).state_dict()
@@ -455,7 +465,9 @@ def test_large_shards_are_split(tmp_path, source, monkeypatch):
     monkeypatch.setattr(write_checkpoint, "MAX_SHARD_BYTES", 40_000)
     convert(source, tmp_path / "dpvr")
     assert_same_weights(read_output(tmp_path / "dpvr"), dict(make_llava().state_dict()))
-    sizes = [path.stat().st_size for path in sorted((tmp_path / "dpvr").glob("*.safetensors"))]
+    shards = sorted((tmp_path / "dpvr").glob("*.safetensors"))
+    assert all(int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0 for path in shards)  # where numbers begin
+    sizes = [path.stat().st_size for path in shards]
     assert len(sizes) > 4
     assert max(sizes) < 40_000 + 5_000  # and a header
 
@@ -558,9 +570,10 @@ def test_adapters_that_do_not_fit(tmp_path, source):
     save_file(one, file)
     with pytest.raises(ConversionError, match=r"Missing weight .*layers\.1"):
         convert(source, tmp_path / "dpvr", adapter=file, num_side_layers=2)
-    save_file(one, file, metadata={"saturation_layer": "late"})
-    with pytest.raises(ConversionError, match="'late', which is no number"):
-        convert(source, tmp_path / "dpvr", adapter=file)
+    for stated in ("late", "4th"):
+        save_file(one, file, metadata={"saturation_layer": stated})
+        with pytest.raises(ConversionError, match=f"'{stated}', which is no number"):
+            convert(source, tmp_path / "dpvr", adapter=file)
     file.write_bytes(b"no safetensors")
     with pytest.raises(ConversionError, match=r"branch\.safetensors cannot be read"):
         convert(source, tmp_path / "dpvr", adapter=file)

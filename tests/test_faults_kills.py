@@ -164,7 +164,12 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, 
     first, second, *_ = sorted(shards)
     path = write_checkpoint.staging_of(tmp_path / "dpvr") / first
     path.write_bytes(path.read_bytes()[:-1] + b"?")
+    (path.parent / "templates").mkdir()
+    (path.parent / "templates" / "half.jinja").touch()
+    (path.parent / "link").symlink_to(source)  # what it leads to is left alone
+    before = contents(source)
     convert(source, tmp_path / "dpvr")
+    assert contents(source) == before
     after = identities(tmp_path / "dpvr")
     assert after[first] != shards[first]
     assert after[second] == shards[second]
@@ -255,6 +260,12 @@ def test_a_conversion_killed_after_its_rename_is_not_taken_for_another_one(tmp_p
     write_checkpoint.journal_of(output).write_bytes(journal)
     with pytest.raises(ConversionError, match="is not an empty folder; nothing is overwritten"):
         convert(source, output)
+    convert(source, tmp_path / "another")
+    output.rename(tmp_path / "damaged")
+    (tmp_path / "another").rename(output)
+    write_checkpoint.journal_of(output).write_bytes(journal)
+    with pytest.raises(ConversionError, match="is not an empty folder; nothing is overwritten"):
+        convert(source, output)
 
 
 def test_what_only_bears_the_names_of_a_killed_conversion_is_left_alone(tmp_path, source):
@@ -341,14 +352,32 @@ def test_the_current_folder_is_refused_with_a_word(tmp_path, source, monkeypatch
 def test_two_conversions_to_one_folder_at_once(tmp_path, source, capsys):
     output = tmp_path / "dpvr"
     journal = write_checkpoint.journal_of(output)
-    with journal.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with write_checkpoint.locked(journal, output):
         assert main([str(source), str(output)]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"error: Another conversion to {output} is running")
         assert sorted(path.name for path in tmp_path.iterdir()) == [journal.name, "llava"]
     assert main([str(source), str(output)]) == 0  # the lock went with its holder
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpvr", "llava"]
+
+
+@pytest.mark.parametrize("ending", ["removed", "begun anew"])
+def test_a_journal_whose_holder_ended_meanwhile_is_not_taken_for_the_one_that_is_there(tmp_path, monkeypatch, ending):
+    output, lock = tmp_path / "dpvr", fcntl.flock
+    journal, calls = write_checkpoint.journal_of(output), []
+
+    def end_and_lock(file, operation):
+        if not calls:
+            journal.rename(tmp_path / "ended")  # a name keeps its inode from being used again
+        if not calls and ending == "begun anew":
+            journal.touch()
+        calls.append(file)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", end_and_lock)
+    with write_checkpoint.locked(journal, output) as file:
+        assert os.path.samestat(os.fstat(file.fileno()), journal.stat())
+    assert len(calls) == 2
 
 
 def test_targets_that_are_refused(tmp_path, source, capsys):

@@ -61,7 +61,8 @@ def test_links_load_as_a_full_conversion_does(tmp_path, names, backbone, num_fil
         assert torch.equal(one(**example()).logits, two(**example()).logits)
     assert contents(source) == before
     index = json.loads((tmp_path / "linked" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_parameters"] == summary.num_parameters
+    numbers = summary.num_parameters
+    assert index["metadata"] == {"total_parameters": numbers, "total_size": 4 * numbers}
 
 
 def test_links_load_in_a_fresh_process(tmp_path):

@@ -230,6 +230,12 @@ def link_out(source: Path) -> None:
     path.symlink_to(outside)
 
 
+def link_single_out(source: Path) -> None:
+    outside = source.parent / "outside.safetensors"
+    (source / "model.safetensors").rename(outside)
+    (source / "model.safetensors").symlink_to(outside)
+
+
 def absolute(source: Path) -> None:
     outside = source.parent / "outside.safetensors"
     shutil.copyfile(holder(source), outside)
@@ -253,6 +259,7 @@ KEYS = {
     "path into a folder": (point_to("a/" + FIRST), NO_FILE),
     "path of another kind": (point_to("config.json"), rf"{INDEX} has {UP} in 'config\.json', {NO_FILE}"),
     "path is a number": (point_to(3), rf"{INDEX} has {UP} in 3, {NO_FILE}"),
+    "path is a list": (point_to([FIRST]), rf"{INDEX} has {UP} in \['{FIRST}'\], {NO_FILE}"),
     "path with a null": (point_to("a\0.safetensors"), NO_FILE),
     "path too long": (point_to("a" * 5000 + ".safetensors"), NO_FILE),
     "link out of the folder": (link_out, rf"{FILE} is a link that leaves the folder, to .*outside\.safetensors"),
@@ -267,6 +274,10 @@ KEYS = {
 @pytest.mark.parametrize("case", KEYS)
 def test_broken_keys_and_indices(refuse, case):
     refuse(*KEYS[case])
+
+
+def test_a_single_file_that_links_out_of_the_folder_is_refused_too(refuse):
+    refuse(link_single_out, r"llava/model\.safetensors is a link that leaves the folder, to .*outside", "single")
 
 
 def test_links_of_the_hubs_cache_to_its_blobs_are_followed(tmp_path, sound):
@@ -302,6 +313,7 @@ CONFIG = r"llava/config\.json"
 CONFIGS = {
     "not JSON": (edit_file("config.json", lambda text: text[:-3]), rf"{CONFIG} is not valid JSON"),
     "a list": (edit_file("config.json", lambda text: "[]"), rf"{CONFIG} holds a list"),
+    "too deep": (edit_file("config.json", lambda text: "[" * 100_000), rf"{CONFIG} is not valid JSON"),
     "not UTF-8": (lambda source: (source / "config.json").write_bytes(b"\xff\xff"), rf"{CONFIG} is not valid JSON"),
     "absent": (lambda source: (source / "config.json").unlink(), r"has no config\.json"),
     "of another model": (config(model_type="llama"), r"model_type 'llama'"),
@@ -406,6 +418,7 @@ PICKLES = {
     "key that is a number": (lambda: saved({3: torch.ones(2)}), rf"{BIN} holds a Tensor at 3"),
     "integers": (lambda: saved({KEY: torch.ones(48, 32).int()}), rf"{UP} in .*{BIN} has dtype torch\.int32"),
     "sparse": (lambda: saved({KEY: torch.eye(4).to_sparse()}), rf"{BIN}: {UP} is no plain tensor"),
+    "without numbers": (lambda: saved({KEY: torch.ones(48, 32, device="meta")}), rf"{BIN}: {UP} is no plain tensor"),
 }
 
 
