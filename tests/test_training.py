@@ -173,9 +173,10 @@ def test_the_distillation_loss_is_the_divergence_from_llavas_answers(target):
         assert model(**cached)["loss"].item() == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("step", [{}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(3)}])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_batch_without_an_answer_adds_nothing(loss):
-    model, batch = staged(loss), training_batch()
+def test_a_batch_without_an_answer_adds_nothing(loss, step):
+    model, batch = staged(loss), training_batch() | step
     batch["labels"].fill_(IGNORED)
     value, grads = gradients(model, batch)
     assert value == 0

@@ -156,7 +156,8 @@ class StagedModel(nn.Module):
             with torch.no_grad(), self.dense_weights():
                 teacher_logits = self.base.lm_head(features.teacher_states.to(self.base.lm_head.weight.dtype)).float()
         loss = LOSSES[self.loss](logits, targets, teacher_logits)
-        return {"loss": loss / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)}
+        num_items = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch)
+        return {"loss": loss / num_items.clamp(min=1)}
 
     # --- the frozen part
 
