@@ -6,8 +6,8 @@ Does it hold for another LLaVA? The comparison of `quality.py` on LLaVAs trained
 
 The seeds of `quality.py` are those of its questions and of training DPVR: all of them ask one and the same LLaVA. Here
 LLaVA itself is made anew: its weights, the tower's included, the pictures and questions that it learned from. Every
-LLaVA gives one value, the mean over its questions and seeds; intervals are over LLaVAs. At which layer the text has
-read the image differs between them, so every method is asked at more layers than the one that was best elsewhere.
+LLaVA gives one value, the mean over its questions and seeds; intervals are over LLaVAs. What is trained stands where
+it may be the cheapest by the results of `quality.py`: a baseline in the settings that were best there, or nearly.
 
 Each result is written as it is there; an interrupted run goes on where it was.
 """
@@ -32,6 +32,7 @@ from benchmarks.tables import markdown
 
 RESULTS = ROOT / "benchmarks" / "results" / "dense_seeds.json"
 TINY = ROOT / "examples" / "tiny-llava"
+NUM_LAYERS = 8  # of all that are compared
 RECIPE = ("tower_steps", "text_steps", "steps", "layers", "hidden_size")  # of a LLaVA's own training.json
 TRAINED = {  # what is trained, where it may be the cheapest to keep as much
     f"vtw/{{}}/{LAST}": (3, 4),
@@ -43,16 +44,16 @@ TRAINED = {  # what is trained, where it may be the cheapest to keep as much
 }
 
 
-def method_names(num_layers: int) -> list[str]:
+def method_names() -> list[str]:
     """All of `quality.py` that train nothing, and `TRAINED`."""
-    names = [name for name in quality.methods(num_layers) if "trained" not in name or name.endswith("/untrained")]
+    names = [name for name in quality.methods(NUM_LAYERS) if "trained" not in name or name.endswith("/untrained")]
     return names + [pattern.format(value) for pattern, values in TRAINED.items() for value in values]
 
 
 def recipe(folder: Path) -> dict:
     """How a LLaVA was trained, but for its seed; `examples/tiny-llava` is older than two of the fields."""
     record = json.loads((folder / "training.json").read_text())
-    return {name: record.get(name, {"layers": 8, "hidden_size": 128}.get(name)) for name in RECIPE}
+    return {name: record.get(name, {"layers": NUM_LAYERS, "hidden_size": 128}.get(name)) for name in RECIPE}
 
 
 def summarize(record: dict) -> list[Entry]:
@@ -61,7 +62,8 @@ def summarize(record: dict) -> list[Entry]:
 
 
 def table(record: dict) -> str:
-    """What each method costs at least in each LLaVA, in FLOPs, where it keeps as much as `quality.KEPT` says."""
+    """What each method costs at least in each LLaVA, in FLOPs, where it keeps as much as `quality.KEPT` says; none
+    where it does in no setting that was measured."""
     settings, models, rows = quality.cheapest_settings(summarize(record)), list(record["models"]), []
     for method in quality.EQUAL:
         pairs = [settings[model, method][0] for model in models]
@@ -78,7 +80,7 @@ def by_layer(record: dict) -> str:
         found.setdefault(entry.name, []).append(100 * entry.accuracy["all"].mean())
     columns = {"VTW": "vtw/{}"} | {training: f"dpvr/{{}}/{training}" for training in TRAININGS}
     rows = []
-    for layer in range(1, AutoConfig.from_pretrained(TINY).text_config.num_hidden_layers):
+    for layer in range(1, NUM_LAYERS):
         cells = [found.get(column.format(layer), []) for column in columns.values()]
         shown = [f"{percent(np.array(x) / 100)} [{min(x):.1f}, {max(x):.1f}]" if x else "" for x in cells]
         rows.append([str(layer), *shown])
@@ -105,6 +107,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             )
         if recipe(folder) != recipe(TINY):
             parser.error(f"{folder} was trained with {recipe(folder)}, examples/tiny-llava with {recipe(TINY)}")
+    seeds = [json.loads((folder / "training.json").read_text())["seed"] for folder in args.models]
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"these LLaVAs were trained from seeds {seeds}: give each seed once")
     if args.models:
         check_output(parser, args.output)
     elif not args.output.is_file():
@@ -120,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         record = read_results(args.output, {"settings": settings, "models": {}})
         for folder in args.models:
             seed = json.loads((folder / "training.json").read_text())["seed"]
-            quality.measure(f"seed {seed}", folder, args, record, method_names(recipe(folder)["layers"]))
+            quality.measure(f"seed {seed}", folder, args, record, method_names())
     else:
         record = read_record(args.output, ("settings", "models"))
     print(table(record), by_layer(record), sep="\n\n")

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import dense_seeds, quality
-from benchmarks.quality import Entry, Routing, TrainedLast
+from benchmarks.quality import Entry
 
 TINY = ROOT / "examples" / "tiny-llava"
 SETTINGS = ["--questions", "1", "--steps", "1", "--pool", "16", "--batch-size", "2", "--seeds", "1"]
@@ -33,7 +33,7 @@ def entry(model: str, name: str, flops: float, accuracy: float) -> Entry:
 
 def test_every_llava_has_the_values_that_quality_gives_it(other, tmp_path, monkeypatch, capsys):
     names = ["dense", "vtw/4", f"vtw/4/{quality.LAST}", "dpvr/4/untrained", "dpvr/4/trained"]
-    monkeypatch.setattr(dense_seeds, "method_names", lambda num_layers: names)
+    monkeypatch.setattr(dense_seeds, "method_names", lambda: names)
     output = tmp_path / "dense_seeds.json"
     assert dense_seeds.main([str(TINY), str(other), *SETTINGS, "--output", str(output)]) == 0
     record = json.loads(output.read_text())
@@ -49,16 +49,13 @@ def test_every_llava_has_the_values_that_quality_gives_it(other, tmp_path, monke
     assert str(tmp_path) not in output.read_text()
 
 
-def test_what_is_trained_is_measured_by_quality_too():
-    found = quality.methods(8)
-    names = dense_seeds.method_names(8)
-    assert len(names) == len(set(names))
-    trained = {name for name in names if isinstance(found[name], TrainedLast)}
-    trained |= {n for n in names if isinstance(found[n], Routing) and found[n].training != "untrained"}
-    assert trained == {pattern.format(v) for pattern, values in dense_seeds.TRAINED.items() for v in values}
-    assert {name for name in found if name not in names} == {name for name in found if "trained" in name} - trained - {
-        f"dpvr/{layer}/untrained" for layer in range(1, 8)
-    }
+def test_all_that_trains_nothing_is_asked_and_what_is_named_of_the_rest():
+    names, found = dense_seeds.method_names(), quality.methods(8)
+    trains = [name for name in names if "trained" in name and "untrained" not in name]
+    assert trains == [pattern.format(v) for pattern, values in dense_seeds.TRAINED.items() for v in values]
+    assert not set(names) - set(found)
+    assert all("trained" in name for name in set(found) - set(names))
+    assert len(names) == len(set(names)) == 72
 
 
 def test_llavas_count_once_each_by_hand(monkeypatch):
@@ -86,6 +83,8 @@ def test_llavas_of_another_recipe_and_what_is_none_are_refused(other, tmp_path, 
         assert refused.value.code == 2
         assert f"{folder} " in (said := capsys.readouterr().err)
         assert why in said
-    with pytest.raises(SystemExit) as refused:
-        dense_seeds.main(["--output", str(tmp_path / "none.json")])
-    assert refused.value.code == 2
+    for folders, why in (([], "and no LLaVAs are given to measure"), ([TINY, TINY], "from seeds [0, 0]: give each")):
+        with pytest.raises(SystemExit) as refused:
+            dense_seeds.main([*map(str, folders), "--output", str(tmp_path / "none.json")])
+        assert refused.value.code == 2
+        assert why in capsys.readouterr().err
