@@ -67,6 +67,7 @@ from configuration_dpvr import proportional_layer
 CODE = get_class_from_dynamic_module("modeling_dpvr.DPVRForConditionalGeneration", str(ROOT))
 ROUTING = sys.modules[CODE.__module__]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
+EQUAL_RESULTS = RESULTS.with_name("speed_equal.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EMBEDDED = {"tiny-llava": 8, "tiny-llava-12": 12}  # LLaVAs and their decoder layers
 OPERATORS = {  # of a profile, by how their names begin
@@ -82,7 +83,7 @@ OPERATORS = {  # of a profile, by how their names begin
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routed:
     """A DPVR, by fields of its config."""
 
     saturation_layer: int
@@ -159,20 +160,20 @@ def make_weights(config, num_layers: int, one_layer: bool, device: torch.device)
     return weights
 
 
-def default_settings(args) -> dict[str, Routing | tuple]:
+def default_settings(args) -> dict[str, Routed | tuple]:
     """DPVR with its saturation layer, and the baselines as their authors use them."""
     num_layers = args.layers
     layer = proportional_layer(num_layers) if args.saturation_layer is None else args.saturation_layer
     quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
     return {
-        f"DPVR (S={layer})": Routing(layer, 1),
+        f"DPVR (S={layer})": Routed(layer, 1),
         "FastV (K=2, R=0.5)": baselines.fastv(2, 0.5),
         f"VTW (K={num_layers // 2})": baselines.vtw(num_layers // 2),
         f"PyramidDrop ({', '.join(map(str, quarters))}; 0.5)": baselines.pyramid_drop(quarters, 0.5),
     }
 
 
-def equal_settings(llava: str, num_layers: int) -> dict[str, Routing | tuple]:
+def equal_settings(llava: str, num_layers: int) -> dict[str, Routed | tuple]:
     """Where each method of `quality.py` keeps 99 % of the accuracy of an embedded LLaVA for the fewest FLOPs, at the
     same shares of the depth; what is computed alike, because only its training differs, stands there once."""
     from benchmarks import quality
@@ -180,18 +181,25 @@ def equal_settings(llava: str, num_layers: int) -> dict[str, Routing | tuple]:
     record, found = read_record(quality.RESULTS, ("models",)), {}
     for name, (setting, _) in quality.settings_at_depth(record, llava, num_layers).items():
         if isinstance(setting, quality.Routing):
-            setting = Routing(setting.saturation_layer, setting.num_side_layers)
-            where = f"S={setting.saturation_layer}"
-        elif setting is not None:
-            setting = getattr(setting, "stages", setting)
-            layers, share = ", ".join(str(stage.layer) for stage in setting), setting[0].share
-            where = f"{layers}; {share}" if len(setting) > 1 else f"K={layers}" + f", R={1 - share:.2g}" * (share > 0)
+            setting = Routed(setting.saturation_layer, setting.num_side_layers)
+        elif isinstance(setting, quality.TrainedLast):
+            setting = setting.stages
         if setting is not None and setting not in found.values():
-            found[f"{name} ({where})"] = setting
-    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], Routing)))
+            found[f"{name} ({describe(setting)})"] = setting
+    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], Routed)))
 
 
-def make_methods(args, settings: dict[str, Routing | tuple], device: torch.device) -> list[Method]:
+def describe(setting: Routed | tuple) -> str:
+    """By the letters of the papers."""
+    if isinstance(setting, Routed):
+        return f"S={setting.saturation_layer}"
+    first, *later = setting
+    if later:
+        return f"{', '.join(str(stage.layer) for stage in setting)}; {first.share}"
+    return f"K={first.layer}, R={1 - first.share:.2g}" if first.ranks else f"K={first.layer}"
+
+
+def make_methods(args, settings: dict[str, Routed | tuple], device: torch.device) -> list[Method]:
     """Dense LLaVA, and a method for each of `settings`."""
     dtype, num_layers = DTYPES[args.dtype], args.layers
     config = make_config(num_layers, args.hidden_size)
@@ -205,7 +213,7 @@ def make_methods(args, settings: dict[str, Routing | tuple], device: torch.devic
         pruned = build(baselines.PrunedLlava, LlavaConfig(**fields), weights, dtype, device)
         methods = [Method("LLaVA", dense, partial(accounting.prefill_flops, config))]
         for name, setting in settings.items():
-            if isinstance(setting, Routing):
+            if isinstance(setting, Routed):
                 routed = CODE.config_class(**fields, **asdict(setting))
                 model = build(CODE, routed, weights, dtype, device)
                 methods.append(Method(name, model, partial(accounting.prefill_flops, routed)))
@@ -589,8 +597,11 @@ def parse_args() -> argparse.Namespace:
         "LLaVA for the fewest FLOPs, at the same shares of the depth",
     )
     parser.add_argument("--decode-tokens", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, help=f"default: {RESULTS}, of equal accuracy {EQUAL_RESULTS.name} there"
+    )
     args = parser.parse_args()
+    args.output = args.output or (EQUAL_RESULTS if args.equal_accuracy else RESULTS)
     check_arguments(parser, args)
     check_numbers(parser, args, 1, "decode_tokens")
     if args.equal_accuracy and args.saturation_layer is not None:

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accounting, compiled, quality, speed
+from benchmarks import accounting, compiled, speed
+from benchmarks.baselines import fastv, pyramid_drop, vtw
 
 SMALL = ["--layers", "4", "--hidden-size", "128", "--prompts", "576+8", "--repeats", "1", "--device", "cpu"]
 SMALL += ["--dtype", "float32"]
@@ -36,18 +37,18 @@ def test_speed_measures_every_method_and_its_cache_is_that_of_the_formulas(monke
 
 
 def test_methods_of_equal_accuracy_are_the_cheapest_that_quality_found(monkeypatch, tmp_path):
+    at_llavas_depth = speed.equal_settings("tiny-llava", 32)
+    assert list(at_llavas_depth) == list(json.loads(speed.EQUAL_RESULTS.read_text())["runs"][0]["methods"])[1:]
+    assert at_llavas_depth["DPVR, fusion layer trained too (S=4)"] == speed.Routed(4, 1)
+    assert at_llavas_depth["DPVR without side branch, fusion layer trained (S=8)"] == speed.Routed(8, 0)
+    assert at_llavas_depth["VTW, last layer trained (K=16)"] == vtw(16)
+    assert at_llavas_depth["FastV (K=16, R=0.9)"] == fastv(16, 0.9)  # and with its last layer trained
+    assert at_llavas_depth["PyramidDrop (16, 20, 24; 0.25)"] == pyramid_drop((16, 20, 24), 0.25)
     settings = speed.equal_settings("tiny-llava", 8)
-    record = json.loads(quality.RESULTS.read_text())
-    for name, (pair, _) in quality.settings_at_depth(record, "tiny-llava", 8).items():
-        if isinstance(pair, quality.Routing):
-            assert settings[f"{name} (S={pair.saturation_layer})"].saturation_layer == pair.saturation_layer
-        elif not isinstance(pair, quality.TrainedLast):
-            assert pair in settings.values()
     options = ["--layers", "8", "--equal-accuracy", "tiny-llava", "--batch", "1", "--decode-tokens", "1"]
     (measured,) = run(monkeypatch, speed, tmp_path / "speed.json", *options)["runs"]
     names = list(measured["methods"])
     assert names == ["LLaVA", *settings]
-    assert names[1].startswith("DPVR")  # whose parts are timed
     assert measured["methods"][names[1]]["cache_bytes"] < measured["methods"]["LLaVA"]["cache_bytes"]
 
 
@@ -58,15 +59,24 @@ def _fields(record):
 
 
 def test_compiled_prefills_give_the_logits_of_those_that_are_not(monkeypatch, tmp_path, capsys):
-    counts = torch._dynamo.utils.counters["stats"]
-    before = counts["unique_graphs"]
+    graphs, prefill, counts = {}, speed.prefill, torch._dynamo.utils.counters["stats"]
+
+    def count(method, *inputs):
+        before = counts["unique_graphs"]
+        outputs = prefill(method, *inputs)
+        is_compiled = isinstance(method.model, torch._dynamo.OptimizedModule)
+        graphs.setdefault((method.name.split(" (")[0], is_compiled), []).append(counts["unique_graphs"] - before)
+        return outputs
+
+    monkeypatch.setattr(speed, "prefill", count)
     record = run(monkeypatch, compiled, tmp_path / "compiled.json", "--batch", "1")
-    assert counts["unique_graphs"] > before
     (measured,) = record["runs"]
     assert [name.split(" (")[0] for name in measured["methods"]] == ["LLaVA", "DPVR"]
-    for result in measured["methods"].values():
-        assert result["logits_difference"] < 1e-5
-        assert result["compile_seconds"] > 0
+    assert all(result["logits_difference"] < 1e-5 for result in measured["methods"].values())
+    for name in ("LLaVA", "DPVR"):  # compiled once, and the others never
+        first, *later = graphs[name, True]
+        assert first > 0
+        assert not any(later + graphs[name, False])
     assert compiled.table(record) in capsys.readouterr().out
 
 
