@@ -55,6 +55,9 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
         record = weights.parent / RUN_FILE
         if record.is_file():
             shutil.copyfile(record, folder / RUN_FILE)
+        mode = (folder / "config.json").stat().st_mode
+        for weights_file in folder.glob("*.safetensors"):
+            weights_file.chmod(mode)  # safetensors makes files for the owner only
         if output.exists():
             output.rmdir()
         os.replace(folder, output)

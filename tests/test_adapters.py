@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -643,6 +644,20 @@ def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(k
     assert "exists and is not an empty folder" in capsys.readouterr().err
     assert main([str(tiny), str(tmp_path / "absent"), str(tmp_path / "none")]) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged", "again"}
+
+
+def test_a_merged_checkpoint_is_for_everyone_that_the_umask_allows(tmp_path):
+    from scripts.merge_adapter import main
+
+    tiny = ROOT / "examples" / "tiny-llava"
+    save_adapter(add_adapter(from_llava(tiny, saturation_layer=4)), tmp_path / "adapter", str(tiny))
+    mask = os.umask(0o027)
+    try:
+        assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    finally:
+        os.umask(mask)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "merged" / name).stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("of", ["llava", "dpvr"])
