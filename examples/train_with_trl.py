@@ -63,6 +63,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
     args = parser.parse_args()
+    for name, value in (("--rows", args.rows), ("--steps", args.steps)):
+        if value < 1:
+            parser.error(f"{name} must be at least 1, got {value}")
 
     has_gpu = torch.cuda.is_available()
     model = AutoModel.from_pretrained(

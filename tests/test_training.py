@@ -1445,6 +1445,10 @@ def test_the_trl_example_trains_a_checkpoint_in_half_precision_in_small_steps(tm
     adapted = load_adapter(AutoModel.from_pretrained(model, trust_remote_code=True), adapter)
     weights = [w for name, w in adapted.named_parameters() if "ln_tuning_layers" in name and "down_proj" in name]
     assert 0 < weights[0].abs().max() < 0.01  # from zero, by three steps of Adam at 1e-3
+    for option in ("--steps", "--rows"):
+        refused = subprocess.run([*program, option, "0"], capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert refused.stderr.endswith(f"error: {option} must be at least 1, got 0\n")
 
 
 # --- the benchmarks
