@@ -73,6 +73,11 @@ def table(record: dict) -> str:
     return markdown(["method", *models, "mean"], rows)
 
 
+def costs_in_llava(record: dict) -> str:
+    """What these settings would cost LLaVA-1.5-7B at the same shares of its depth."""
+    return quality.costs_at_llavas_depth(summarize(record), dict.fromkeys(record["models"], NUM_LAYERS))
+
+
 def by_layer(record: dict) -> str:
     """Right answers in percent, all kinds, where vision leaves at each layer: mean, interval and range over LLaVAs."""
     found: dict[str, list[float]] = {}
@@ -128,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
             quality.measure(f"seed {seed}", folder, args, record, method_names())
     else:
         record = read_record(args.output, ("settings", "models"))
-    print(table(record), by_layer(record), sep="\n\n")
+    print(table(record), costs_in_llava(record), by_layer(record), sep="\n\n")
     return 0
 
 

@@ -704,28 +704,44 @@ def at_depth_share(method, num_layers: int, new_num_layers: int):
     )
 
 
-def settings_at_depth(record: dict, model: str, num_layers: int) -> dict[str, list]:
-    """By method the cheapest settings of one LLaVA, at the same shares of another depth."""
-    own = AutoConfig.from_pretrained(ROOT / "examples" / model).text_config.num_hidden_layers
-    found, settings = methods(own), cheapest_settings(summarize(record))
+def depths(record: dict) -> dict[str, int]:
+    """Decoder layers of the LLaVAs of a record."""
+    configs = {model: AutoConfig.from_pretrained(ROOT / "examples" / model) for model in record["models"]}
+    return {model: config.text_config.num_hidden_layers for model, config in configs.items()}
+
+
+def settings_at_depth(entries: list[Entry], model: str, own: int, num_layers: int) -> dict[str, list]:
+    """By method the cheapest settings of one LLaVA of `own` layers, at the same shares of another depth."""
+    found, settings = methods(own), cheapest_settings(entries)
     return {
         name: [pair and at_depth_share(found[pair[0].name], own, num_layers) for pair in settings[model, name]]
         for name in EQUAL
     }
 
 
-def costs_in_llava(record: dict, vision_tokens: int = 576, text_tokens: int = 64) -> str:
+def costs_in_llava(record: dict) -> str:
+    """`costs_at_llavas_depth` of the embedded LLaVAs."""
+    return costs_at_llavas_depth(summarize(record), depths(record))
+
+
+def costs_at_llavas_depth(
+    entries: list[Entry], own_depths: dict[str, int], vision_tokens: int = 576, text_tokens: int = 64
+) -> str:
     """What the cheapest settings would cost LLaVA-1.5-7B at the same shares of its depth, by formula, a row for each
-    method: there is less text beside an image there, and a layer is less of the whole."""
+    method: there is less text beside an image there, and a layer is less of the whole.
+
+    Args:
+        own_depths: decoder layers of the LLaVAs, a column for each and each cost.
+    """
     llava = accounting.dense_config(DPVRConfig())
     depth, prompt = llava.text_config.num_hidden_layers, (vision_tokens, text_tokens)
     dense, rows = prompt_cost(llava, (), *prompt), [[name] for name in EQUAL]
-    for model in record["models"]:
-        for row, settings in zip(rows, settings_at_depth(record, model, depth).values(), strict=True):
+    for model, own in own_depths.items():
+        for row, settings in zip(rows, settings_at_depth(entries, model, own, depth).values(), strict=True):
             for i, method in enumerate(settings):
                 config = routed_config(llava, method) if isinstance(method, Routing) else llava
                 row.append("none" if method is None else f"{prompt_cost(config, method, *prompt)[i] / dense[i]:.0%}")
-    return markdown(["method", *(f"{m}: {cost}" for m in record["models"] for cost in ("FLOPs", "KV"))], rows)
+    return markdown(["method", *(f"{m}: {cost}" for m in own_depths for cost in ("FLOPs", "KV"))], rows)
 
 
 def variants(record: dict) -> str:

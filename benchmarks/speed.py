@@ -179,7 +179,8 @@ def equal_settings(llava: str, num_layers: int) -> dict[str, Routed | tuple]:
     from benchmarks import quality
 
     record, found = read_record(quality.RESULTS, ("models",)), {}
-    for name, (setting, _) in quality.settings_at_depth(record, llava, num_layers).items():
+    entries, own = quality.summarize(record), quality.depths(record)[llava]
+    for name, (setting, _) in quality.settings_at_depth(entries, llava, own, num_layers).items():
         if isinstance(setting, quality.Routing):
             setting = Routed(setting.saturation_layer, setting.num_side_layers)
         elif isinstance(setting, quality.TrainedLast):
