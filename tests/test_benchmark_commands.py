@@ -133,6 +133,6 @@ def test_results_that_do_not_say_of_which_weights_they_are_get_no_others_beside_
 
 
 def test_committed_results_say_of_which_weights_they_are():
-    for script in (quality, side_branch_seeds):
+    for script in (quality, side_branch_seeds, dense_seeds):
         record = json.loads(script.RESULTS.read_text())
         assert all(result["weights"] for result in record.get("models", {"one": record}).values())
