@@ -951,6 +951,15 @@ def test_a_prompt_longer_than_the_sliding_window_is_refused():
         model(input_ids=torch.tensor([[9]]), past_key_values=cache)
 
 
+def test_a_window_that_no_layer_has_limits_no_prompt():
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": NUM_LAYERS}
+    model = make_dpvr(text=text_config(Qwen2Config, **window))
+    assert set(model.config.text_config.layer_types) == {"full_attention"}
+    batch = make_batch(["ttIttt"])
+    expected = make_dpvr(text=text_config(Qwen2Config))(**batch).logits
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -961,6 +970,9 @@ def test_a_prompt_longer_than_the_sliding_window_is_refused():
         ({"num_fusion_layers": 6}, "num_fusion_layers=6 must be between 1 and 5"),
         ({"num_side_layers": -1}, "num_side_layers=-1 must be at least 0"),
         ({"saturation_layer": "2"}, "saturation_layer='2' must be an integer"),
+        ({"saturation_layer": True}, "saturation_layer=True must be an integer"),
+        ({"num_side_layers": None}, "num_side_layers=None must be an integer"),
+        ({"num_fusion_layers": 1.0}, "num_fusion_layers=1.0 must be an integer"),
         ({"text_config": text_config(GraniteConfig)}, "text_config.model_type='granite' is none of llama, mistral"),
     ],
 )
