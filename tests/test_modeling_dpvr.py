@@ -34,6 +34,7 @@ from tiny import (
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModel,
     DynamicCache,
     GenerationConfig,
@@ -1713,6 +1714,12 @@ def test_the_model_without_its_head_is_saved_and_loaded_by_auto_model(tmp_path, 
     assert "modeling_dpvr.DPVRModel" not in (tmp_path / "config" / "config.json").read_text()
     model.save_pretrained(tmp_path / "whole")
     assert type(AutoModel.from_pretrained(tmp_path / "whole", trust_remote_code=True)).__name__ == type(model).__name__
+
+
+def test_a_config_saved_alone_brings_its_code(tmp_path):
+    DPVRConfig(text_config=text_config(), saturation_layer=2).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert (type(loaded).__name__, loaded.saturation_layer) == ("DPVRConfig", 2)
 
 
 def test_a_side_branch_that_lacks_says_so_where_its_origin_is_offloaded(tmp_path):
