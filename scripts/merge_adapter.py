@@ -27,6 +27,7 @@ from training.adapters import (
     merge_adapter,
     processor_from_llava,
     refuse_missing,
+    share_weights,
 )
 from training.card import RUN_FILE
 from write_checkpoint import check_empty, check_output
@@ -55,9 +56,7 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
         record = weights.parent / RUN_FILE
         if record.is_file():
             shutil.copyfile(record, folder / RUN_FILE)
-        mode = (folder / "config.json").stat().st_mode
-        for weights_file in folder.glob("*.safetensors"):
-            weights_file.chmod(mode)  # safetensors makes files for the owner only
+        share_weights(folder / "config.json")
         if output.exists():
             output.rmdir()
         os.replace(folder, output)

@@ -343,10 +343,16 @@ def save_adapter(
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
         save_file(weights, Path(staging, WEIGHTS_FILE), metadata)
         Path(staging, CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        mode = Path(staging, CONFIG_FILE).stat().st_mode
-        Path(staging, WEIGHTS_FILE).chmod(mode)  # safetensors makes files for the owner only
+        share_weights(Path(staging, CONFIG_FILE))
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(staging, file), folder / file)
+
+
+def share_weights(config: Path) -> None:
+    """Lets those read the weights beside a config who may read the config: safetensors makes files for the owner
+    only."""
+    for weights in config.parent.glob("*.safetensors"):
+        weights.chmod(config.stat().st_mode)
 
 
 def plain_name(name: str) -> str:
