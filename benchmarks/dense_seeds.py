@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from benchmarks import quality
 from benchmarks.command import check_output, read_record
-from benchmarks.quality import LAST, SETTINGS, TRAININGS, Entry, percent
+from benchmarks.quality import BY_LAYER, LAST, SETTINGS, Entry, percent
 from benchmarks.side_branch_seeds import read_results
 from benchmarks.tables import markdown
 
@@ -50,10 +50,10 @@ def method_names() -> list[str]:
     return names + [pattern.format(value) for pattern, values in TRAINED.items() for value in values]
 
 
-def recipe(folder: Path) -> dict:
-    """How a LLaVA was trained, but for its seed; `examples/tiny-llava` is older than two of the fields."""
-    record = json.loads((folder / "training.json").read_text())
-    return {name: record.get(name, {"layers": NUM_LAYERS, "hidden_size": 128}.get(name)) for name in RECIPE}
+def read_training(folder: Path) -> tuple[int | None, dict]:
+    """A LLaVA's seed, and how else it was trained; `examples/tiny-llava` is older than two of the fields."""
+    record = {"layers": NUM_LAYERS, "hidden_size": 128} | json.loads((folder / "training.json").read_text())
+    return record.get("seed"), {name: record.get(name) for name in RECIPE}
 
 
 def summarize(record: dict) -> list[Entry]:
@@ -83,13 +83,12 @@ def by_layer(record: dict) -> str:
     found: dict[str, list[float]] = {}
     for entry in summarize(record):
         found.setdefault(entry.name, []).append(100 * entry.accuracy["all"].mean())
-    columns = {"VTW": "vtw/{}"} | {training: f"dpvr/{{}}/{training}" for training in TRAININGS}
     rows = []
     for layer in range(1, NUM_LAYERS):
-        cells = [found.get(column.format(layer), []) for column in columns.values()]
+        cells = [found.get(column.format(layer), []) for column in BY_LAYER.values()]
         shown = [f"{percent(np.array(x) / 100)} [{min(x):.1f}, {max(x):.1f}]" if x else "" for x in cells]
         rows.append([str(layer), *shown])
-    return markdown(["layer", *columns], rows)
+    return markdown(["layer", *BY_LAYER], rows)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -105,16 +104,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     quality.add_settings(parser, seeds=2, questions=250, output=RESULTS)
     args = parser.parse_args(arguments)
     quality.check_settings(parser, args)
+    args.trained_from, (_, wanted) = [], read_training(TINY)
     for folder in args.models:
         if not (folder / "training.json").is_file() or not (folder / "model.safetensors").is_file():
             parser.error(
                 f"{folder} is no folder of scripts/train_tiny_llava.py: it has no weights or no training.json"
             )
-        if recipe(folder) != recipe(TINY):
-            parser.error(f"{folder} was trained with {recipe(folder)}, examples/tiny-llava with {recipe(TINY)}")
-    seeds = [json.loads((folder / "training.json").read_text())["seed"] for folder in args.models]
-    if len(set(seeds)) < len(seeds):
-        parser.error(f"these LLaVAs were trained from seeds {seeds}: give each seed once")
+        seed, recipe = read_training(folder)
+        if recipe != wanted:
+            parser.error(f"{folder} was trained with {recipe}, examples/tiny-llava with {wanted}")
+        args.trained_from.append(seed)
+    if len(set(args.trained_from)) < len(args.models):
+        parser.error(f"these LLaVAs were trained from seeds {args.trained_from}: give each seed once")
     if args.models:
         check_output(parser, args.output)
     elif not args.output.is_file():
@@ -128,8 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.models:
         settings = {name: getattr(args, name) for name in SETTINGS}
         record = read_results(args.output, {"settings": settings, "models": {}})
-        for folder in args.models:
-            seed = json.loads((folder / "training.json").read_text())["seed"]
+        for seed, folder in zip(args.trained_from, args.models, strict=True):
             quality.measure(f"seed {seed}", folder, args, record, method_names())
     else:
         record = read_record(args.output, ("settings", "models"))

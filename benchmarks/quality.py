@@ -611,16 +611,18 @@ def table(entries: list[Entry]) -> str:
     return markdown(header, rows)
 
 
+BY_LAYER = {"VTW": "vtw/{}"} | {training: f"dpvr/{{}}/{training}" for training in TRAININGS}  # methods by column
+
+
 def by_layer(record: dict) -> str:
     """What leaving at each layer does to the vision-heavy kinds: gone for good (VTW), or on the side (DPVR)."""
     found = {(entry.model, entry.name): entry for entry in summarize(record)}
-    columns = {"VTW": "vtw/{}"} | {training: f"dpvr/{{}}/{training}" for training in TRAININGS}
     header = ["LLaVA", "layer", "FLOPs % VTW, DPVR", "KV % VTW, DPVR"]
-    header += [f"{kind}: {column}" for kind in VISION_HEAVY for column in columns]
+    header += [f"{kind}: {column}" for kind in VISION_HEAVY for column in BY_LAYER]
     rows = []
     for model, name in found:
         family, _, layer = name.partition("/")
-        entries = [found.get((model, column.format(layer))) for column in columns.values()]
+        entries = [found.get((model, column.format(layer))) for column in BY_LAYER.values()]
         if family != "vtw" or None in entries:
             continue
         costs = [[f"{100 * getattr(e, cost):.0f}" for e in entries[:2]] for cost in ("flops", "kv_bytes")]
@@ -629,17 +631,17 @@ def by_layer(record: dict) -> str:
     return markdown(header, rows)
 
 
-EQUAL = {  # what is compared where it keeps as much: families by method
-    "VTW": ["vtw"],
-    f"VTW, {LAST}": [f"vtw, {LAST}"],
-    "FastV": ["fastv"],
-    "FastV, all ask": ["fastv, all ask"],
-    f"FastV, {LAST}": [f"fastv, {LAST}"],
-    "PyramidDrop": ["pyramid"],
-    f"PyramidDrop, {LAST}": [f"pyramid, {LAST}"],
-    "DPVR, side branch trained": ["dpvr trained"],
-    "DPVR, fusion layer trained too": ["dpvr trained with fusion"],
-    "DPVR without side branch, fusion layer trained": ["dpvr trained with fusion no side layers"],
+EQUAL = {  # what is compared where it keeps as much: family by method
+    "VTW": "vtw",
+    f"VTW, {LAST}": f"vtw, {LAST}",
+    "FastV": "fastv",
+    "FastV, all ask": "fastv, all ask",
+    f"FastV, {LAST}": f"fastv, {LAST}",
+    "PyramidDrop": "pyramid",
+    f"PyramidDrop, {LAST}": f"pyramid, {LAST}",
+    "DPVR, side branch trained": "dpvr trained",
+    "DPVR, fusion layer trained too": "dpvr trained with fusion",
+    "DPVR without side branch, fusion layer trained": "dpvr trained with fusion no side layers",
 }
 
 
@@ -647,10 +649,10 @@ def cheapest_settings(entries: list[Entry]) -> dict[tuple[str, str], list[tuple[
     """By LLaVA and method the setting that keeps `KEPT` of dense accuracy, on the mean of all kinds, for the fewest
     FLOPs, and the one for the fewest bytes, with what it keeps in each seed; None where none keeps as much."""
     settings, models = {}, dict.fromkeys(entry.model for entry in entries)
-    for model, (method, families) in product(models, EQUAL.items()):
+    for model, (method, family) in product(models, EQUAL.items()):
         beside = [entry for entry in entries if entry.model == model]
         dense = next(entry for entry in beside if entry.name == "dense").accuracy["all"]
-        kept = [(entry, entry.accuracy["all"] / dense) for entry in beside if entry.family in families]
+        kept = [(entry, entry.accuracy["all"] / dense) for entry in beside if entry.family == family]
         enough = [pair for pair in kept if pair[1].mean() >= KEPT]
         settings[model, method] = [
             min(enough, key=lambda pair: getattr(pair[0], cost), default=None) for cost in ("flops", "kv_bytes")
@@ -712,7 +714,7 @@ def depths(record: dict) -> dict[str, int]:
 
 def settings_at_depth(entries: list[Entry], model: str, own: int, num_layers: int) -> dict[str, list]:
     """By method the cheapest settings of one LLaVA of `own` layers, at the same shares of another depth."""
-    found, settings = methods(own), cheapest_settings(entries)
+    found, settings = methods(own), cheapest_settings([entry for entry in entries if entry.model == model])
     return {
         name: [pair and at_depth_share(found[pair[0].name], own, num_layers) for pair in settings[model, name]]
         for name in EQUAL
