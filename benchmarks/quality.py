@@ -366,7 +366,7 @@ def measure_trained_baselines(
     held_out: list[list[Prepared]],
     pool: list[Prepared],
     args,
-    cells: dict,
+    cells_by_steps: dict[int, dict],
     save,
 ) -> None:
     """As `measure_routings`, from the same conversations and for as many steps, of as many answers each."""
@@ -378,12 +378,13 @@ def measure_trained_baselines(
     layer.requires_grad_(True)
     untrained = {name: weight.clone() for name, weight in layer.state_dict().items()}
     for name, method in tqdm(found.items(), desc="baselines, last layer trained"):
-        missing = [seed for seed in range(len(held_out)) if str(seed) not in cells.setdefault(name, {})]
         rows = [row for batch in pool for row in masked_rows(pruned_features(model, method.stages, batch))]
-        for seed in missing:
+        for seed, (steps, cells) in product(range(len(held_out)), cells_by_steps.items()):
+            if str(seed) in cells.setdefault(name, {}):
+                continue
             layer.load_state_dict(untrained)
             batches = batches_of(rows, args.batch_size * LONG_TURNS, seed)
-            train_late(staged, batches, args)
+            train_late(staged, batches, steps, args.learning_rate)
             features = [(batch, pruned_features(model, method.stages, batch)) for batch in held_out[seed]]
             cells[name][str(seed)] = routed_accuracy(staged, features)
             save()
@@ -433,10 +434,10 @@ def measure_routings(
     held_out: list[list[Prepared]],
     pool: list[Prepared],
     args,
-    cells,
+    cells_by_steps: dict[int, dict],
     save,
 ) -> None:
-    """Cells of routings that differ at most in what is trained."""
+    """Cells of routings that differ at most in what is trained, by steps of training."""
     with tempfile.TemporaryDirectory(prefix="quality-") as folder:
         staged = load_routed(llava_folder, routings[0], Path(folder), args.loss)
     late = torch.nn.ModuleDict(
@@ -446,8 +447,8 @@ def measure_routings(
     features = [[(batch, routed_features(staged, batch)) for batch in batches] for batches in held_out]
     rows = None
     for routing in routings:
-        mine = cells.setdefault(name_of(routing), {})
-        for seed, batches in enumerate(features):
+        for (seed, batches), (steps, cells) in product(enumerate(features), cells_by_steps.items()):
+            mine = cells.setdefault(name_of(routing), {})
             if str(seed) in mine:
                 continue
             late.load_state_dict(untrained)
@@ -458,7 +459,7 @@ def measure_routings(
                 late["fusion"].requires_grad_("fusion" in routing.training)
             if routing.training != "untrained":
                 rows = rows or [row for batch in pool for row in split_rows(routed_features(staged, batch))]
-                train_late(staged, batches_of(rows, args.batch_size, seed), args)
+                train_late(staged, batches_of(rows, args.batch_size, seed), steps, args.learning_rate)
             mine[str(seed)] = routed_accuracy(staged, batches)
             save()
 
@@ -496,7 +497,7 @@ def measure(name: str, folder: Path, args, record: dict, wanted: Collection[str]
     num_batches = -(-args.pool // LONG_BATCH)
     if trained:
         pool = training_batches(llava, processor, num_batches, each_alone=True)
-        measure_trained_baselines(folder, trained, held_out, pool, args, cells, save)
+        measure_trained_baselines(folder, trained, held_out, pool, args, {args.steps: cells}, save)
     groups: dict[tuple, list[Routing]] = {}
     for method in missing.values():
         if isinstance(method, Routing):
@@ -510,7 +511,7 @@ def measure(name: str, folder: Path, args, record: dict, wanted: Collection[str]
             groups.setdefault(geometry, []).append(method)
     pool = training_batches(llava, processor, num_batches) if groups else []
     for geometry in tqdm(sorted(groups), desc=f"{name}: routings"):
-        measure_routings(folder, groups[geometry], held_out, pool, args, cells, save)
+        measure_routings(folder, groups[geometry], held_out, pool, args, {args.steps: cells}, save)
 
 
 def prompt_lengths(batches: list[Prepared]) -> dict[str, int]:
@@ -872,23 +873,33 @@ def plot(entries: list[Entry], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def add_settings(parser: argparse.ArgumentParser, seeds: int, questions: int, output: Path) -> None:
-    """Options of how methods are trained and asked, with these defaults."""
+def add_settings(
+    parser: argparse.ArgumentParser,
+    seeds: int,
+    questions: int,
+    output: Path,
+    pool: int = 800,
+    steps: int | tuple[int, ...] = 200,
+) -> None:
+    """Options of how methods are trained and asked, with these defaults; several `steps` mean several trainings."""
     parser.add_argument("--seeds", type=int, default=seeds, help="of questions and training (default: %(default)s)")
     parser.add_argument(
         "--questions", type=int, default=questions, help="of each kind and seed (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=200, help="of training a side branch (default: %(default)s)")
+    several = {} if isinstance(steps, int) else {"nargs": "+"}
+    parser.add_argument("--steps", type=int, default=steps, **several, help="of a training (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="conversations (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
     parser.add_argument("--loss", choices=LOSSES, default="answer", help="that trains (default: %(default)s)")
-    parser.add_argument("--pool", type=int, default=800, help="conversations to learn from (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=pool, help="conversations to learn from (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=output, help="default: %(default)s")
 
 
 def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    check_numbers(parser, args, 1, "seeds", "questions", "steps", "batch_size", "pool", "threads")
+    if (least := np.min(args.steps)) < 1:
+        parser.error(f"--steps {least} must be at least 1")
+    check_numbers(parser, args, 1, "seeds", "questions", "batch_size", "pool", "threads")
     check_learning_rate(parser, args)
 
 

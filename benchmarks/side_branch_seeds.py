@@ -137,13 +137,13 @@ def batches_of(rows: list[dict], batch_size: int, seed: int) -> Iterator[dict[st
             yield collate_rows([rows[i] for i in chosen.tolist()])
 
 
-def train(model: StagedModel, batches: Iterator[dict[str, torch.Tensor]], args) -> None:
-    """`args.steps` steps of all that requires a gradient."""
+def train(model: StagedModel, batches: Iterator[dict[str, torch.Tensor]], steps: int, peak: float) -> None:
+    """`steps` steps of all that requires a gradient, at a learning rate of at most `peak`."""
     branch = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(branch, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, warmup=20))
+    optimizer = torch.optim.AdamW(branch, lr=peak, weight_decay=0.0, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, warmup=20))
     model.train()
-    for _, batch in zip(range(args.steps), batches, strict=False):
+    for _, batch in zip(range(steps), batches, strict=False):
         model(**batch)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(branch, 1.0)
         optimizer.step()
@@ -236,7 +236,7 @@ def measure(saturation_layer: int, args, record: dict, folder: Path) -> None:
         if loss in LOSSES:
             rows = rows or training_rows(staged, processor, -(-args.pool // LONG_BATCH))
             staged.loss = loss
-            train(staged, batches_of(rows, args.batch_size, seed), args)
+            train(staged, batches_of(rows, args.batch_size, seed), args.steps, args.learning_rate)
         cells[cell] = evaluate(staged, held_out, dense=loss == "dense")
         write_record(args.output, record, indent=1)
 

@@ -167,11 +167,11 @@ def test_a_baselines_last_layer_learns_and_every_seed_starts_from_llavas(llava, 
 
     def measured(cells: dict) -> dict[str, float]:
         found = {"vtw/3": TrainedLast(vtw(3))}
-        quality.measure_trained_baselines(TINY, found, [prepared] * 2, pool, args, cells, lambda: None)
+        quality.measure_trained_baselines(TINY, found, [prepared] * 2, pool, args, {2: cells}, lambda: None)
         return cells["vtw/3"]
 
     monkeypatch.setattr(quality, "routed_accuracy", last_layer)
-    args = quality.parse_args(["--steps", "2", "--batch-size", "1"])
+    args = quality.parse_args(["--batch-size", "1"])
     pool = quality.training_batches(llava, processor, 1, each_alone=True)
     both, second = measured({}), measured({"vtw/3": {"0": "was there"}})
     assert second == {"0": "was there", "1": both["1"]}
