@@ -48,6 +48,7 @@ from transformers import AutoConfig, LlavaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configuration_dpvr lies beside this folder
 
+from benchmarks.command import NOTHING, run_command
 from configuration_dpvr import ROUTING, DPVRConfig, proportional_layer
 
 
@@ -317,4 +318,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, NOTHING))

@@ -29,7 +29,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import check_hidden_size, check_numbers, check_output, write_record
+from benchmarks.command import NOTHING, check_hidden_size, check_numbers, check_output, run_command, write_record
 from benchmarks.make_random_llava import write_llava
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "analyze_saturation.py")]
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, NOTHING))

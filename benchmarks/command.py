@@ -5,13 +5,28 @@
 import argparse
 import json
 import math
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from read_weights import reason
+
+# What an interrupted command has kept
+GOES_ON = "what was measured so far is in --output, and the same command goes on from there"
+SO_FAR = "what was measured so far is in --output, and the same command starts anew"
+NOTHING = "nothing was written"
+
+
+def run_command(main: Callable[[], int | None], kept: str) -> int:
+    """The exit status of a command; of an interrupted one 130, with a line that says what was kept."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {kept}", file=sys.stderr)  # below a progress bar
+        return 130
 
 
 def usable_device(text: str) -> str:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import speed
-from benchmarks.command import check_output
+from benchmarks.command import SO_FAR, check_output, run_command
 from benchmarks.tables import markdown
 
 RESULTS = ROOT / "benchmarks" / "results" / "compiled.json"
@@ -119,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, SO_FAR))

@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import check_numbers, check_output, write_record
+from benchmarks.command import SO_FAR, check_numbers, check_output, run_command, write_record
 from benchmarks.tables import markdown
 
 SIZES = {  # GB to the shape of the model: decoder layers, width, layers of the vision tower
@@ -188,4 +188,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, SO_FAR))

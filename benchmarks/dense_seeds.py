@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from benchmarks import quality
-from benchmarks.command import check_output, read_record
+from benchmarks.command import GOES_ON, check_output, read_record, run_command
 from benchmarks.quality import BY_LAYER, LAST, SETTINGS, Entry, percent
 from benchmarks.side_branch_seeds import read_results
 from benchmarks.tables import markdown
@@ -138,4 +138,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, GOES_ON))

@@ -43,7 +43,7 @@ from damaged_sources import DAMAGES, converted_or_refused, read_source
 from llava_checkpoints import make_llava, write_llava_hf, write_original
 from tiny_processor import IMAGE, SIZE, TOKENS, make_processor, noise, original_pixels
 
-from benchmarks.command import check_numbers, check_output, read_record, write_record
+from benchmarks.command import NOTHING, check_numbers, check_output, read_record, run_command, write_record
 
 CONTEXT = 600  # tokens
 MAX_PIXELS = 500_000  # small, so that bombs are cheap to make
@@ -414,7 +414,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         epilog="examples:\n  python benchmarks/fuzz.py --inputs 20000\n"
         "  python benchmarks/fuzz.py --target converter --inputs 5000\n"
         "  python benchmarks/fuzz.py --inputs 500 --seed 1 --output fuzz.json\n\n"
-        "exit codes: 0 every input was answered or refused, 1 one was not (it is shown), 2 wrong arguments\n",
+        "exit codes: 0 every input was answered or refused, 1 one was not (it is shown), 2 wrong arguments,\n"
+        "130 interrupted, and nothing is written\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", choices=TARGETS, default="processor", help="default: %(default)s")
@@ -449,4 +450,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, NOTHING))

@@ -45,7 +45,15 @@ import digits as task
 
 from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
-from benchmarks.command import check_learning_rate, check_numbers, check_output, read_record, write_record
+from benchmarks.command import (
+    GOES_ON,
+    check_learning_rate,
+    check_numbers,
+    check_output,
+    read_record,
+    run_command,
+    write_record,
+)
 from benchmarks.side_branch_seeds import (
     batches_of,
     check_weights,
@@ -960,4 +968,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, GOES_ON))

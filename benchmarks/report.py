@@ -36,6 +36,7 @@ from benchmarks.accounting import (
     prefill_loads,
     read_one_token,
 )
+from benchmarks.command import run_command
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from scripts import run_transformers_tests, saturation_report
@@ -304,4 +305,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "the same command starts anew"))

@@ -39,7 +39,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
-from benchmarks.command import check_learning_rate, check_numbers, check_output, read_record, write_record
+from benchmarks.command import (
+    GOES_ON,
+    check_learning_rate,
+    check_numbers,
+    check_output,
+    read_record,
+    run_command,
+    write_record,
+)
 from benchmarks.tables import markdown
 from convert_llava_to_dpvr import convert
 from read_weights import ConversionError
@@ -369,4 +377,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, GOES_ON))

@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
-from benchmarks.command import check_numbers, check_output, write_record
+from benchmarks.command import NOTHING, check_numbers, check_output, run_command, write_record
 from convert_llava_to_dpvr import convert
 
 WARM_UP = 0.5  # share of the samples before which slopes are not measured: allocators fill their pools, caches fill
@@ -219,7 +219,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="examples:\n  python benchmarks/soak.py\n"
         "  python benchmarks/soak.py --calls 1320 --every 66 --output soak.json\n\n"
-        "exit codes: 0 flat and constant, 1 memory grows or answers differ, 2 wrong arguments\n",
+        "exit codes: 0 flat and constant, 1 memory grows or answers differ, 2 wrong arguments,\n"
+        "130 interrupted, and nothing is written\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--calls", type=int, default=11_088, help="default: %(default)s, of which 10,080 generate")
@@ -278,4 +279,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, NOTHING))

@@ -53,10 +53,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import accounting, baselines
 from benchmarks.caches import CACHE, make_cache, stored_bytes
 from benchmarks.command import (
+    SO_FAR,
     check_hidden_size,
     check_numbers,
     check_output,
     read_record,
+    run_command,
     usable_device,
     write_record,
 )
@@ -661,4 +663,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, SO_FAR))

@@ -46,7 +46,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accounting import dense_config, flop_counter
-from benchmarks.command import check_hidden_size, check_numbers, check_output, usable_device, write_record
+from benchmarks.command import (
+    SO_FAR,
+    check_hidden_size,
+    check_numbers,
+    check_output,
+    run_command,
+    usable_device,
+    write_record,
+)
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
 from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
@@ -353,11 +361,14 @@ def record_of(args, runs: dict[str, list[dict]]) -> dict:
     }
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
     if args.child:
-        print(json.dumps(measure(args.child, args)))
-        return
+        try:
+            print(json.dumps(measure(args.child, args)))
+        except KeyboardInterrupt:
+            return 130  # the command that started this one says so
+        return 0
     runs: dict[str, list[dict]] = {}
     for turn in range(args.rounds):
         for kind in args.kinds:
@@ -372,7 +383,8 @@ def main() -> None:
             write_record(args.output, record)  # each at once: the next may be killed for its memory
     print(ratios(record))
     print(args.output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, SO_FAR))

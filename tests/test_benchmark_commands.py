@@ -2,12 +2,16 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The commands of benchmarks/ before they measure, and how they write what they measured."""
 
+import argparse
 import json
 import os
+import re
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from benchmarks import (
     analysis,
@@ -23,6 +27,9 @@ from benchmarks import (
 )
 from benchmarks.command import write_record
 
+COMMANDS = sorted(
+    path for path in (ROOT / "benchmarks").glob("*.py") if "argparse" in path.read_text() and path.stem != "command"
+)
 SCRIPTS = (analysis, compiled, conversion, fuzz, quality, side_branch_seeds, soak, speed, training)
 
 
@@ -136,3 +143,15 @@ def test_committed_results_say_of_which_weights_they_are():
     for script in (quality, side_branch_seeds, dense_seeds):
         record = json.loads(script.RESULTS.read_text())
         assert all(result["weights"] for result in record.get("models", {"one": record}).values())
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_an_interrupted_command_says_in_a_line_what_was_kept(path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupted)  # the first thing that each of them does
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 130
+    assert re.fullmatch(r"\ninterrupted; .{10,100}\n", capsys.readouterr().err)
