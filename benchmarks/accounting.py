@@ -305,6 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("vision_tokens", "text_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
+    if args.vision_tokens == args.text_tokens == 0:
+        parser.error("--vision-tokens 0 --text-tokens 0: a prompt has at least one token")
     try:
         config = _load_config(args.checkpoint, args.saturation_layer)
         vision_tokens = tokens_per_image(config) if args.vision_tokens is None else args.vision_tokens

@@ -247,6 +247,7 @@ def test_the_command_takes_the_layer_that_the_converter_would_and_says_which(tmp
     negative = [tmp_path, "--text-tokens", -1]
     for wrong in (
         negative,
+        [tmp_path, "--vision-tokens", 0, "--text-tokens", 0],
         [tmp_path, "--vision-tokens", 100],
         [tmp_path, "--saturation-layer", 40],
         [tmp_path / "none"],
