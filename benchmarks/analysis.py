@@ -29,7 +29,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import NOTHING, check_hidden_size, check_numbers, check_output, run_command, write_record
+from benchmarks.command import (
+    NOTHING,
+    check_folder,
+    check_hidden_size,
+    check_numbers,
+    check_output,
+    run_command,
+    write_record,
+)
 from benchmarks.make_random_llava import write_llava
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "analyze_saturation.py")]
@@ -62,8 +70,7 @@ def main() -> None:
     check_numbers(parser, args, 2, "num_layers")
     check_hidden_size(parser, args)
     check_output(parser, args.output)
-    if args.work:
-        args.work.mkdir(parents=True, exist_ok=True)
+    check_folder(parser, "--work", args.work)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="analysis-") as work:
         result = measure(Path(work), args.num_layers, args.hidden_size)
     record = {

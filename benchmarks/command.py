@@ -74,14 +74,35 @@ def check_output(parser: argparse.ArgumentParser, *paths: Path) -> None:
             parser.error(f"{path} cannot be written: {error.strerror}")
 
 
+def check_folder(parser: argparse.ArgumentParser, option: str, path: Path | None) -> None:
+    """Makes the folder of an option, if it is given, and ends with a sentence where there can be none."""
+    try:
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+    except OSError as error:
+        parser.error(f"{option} {path} cannot be used as a folder: {error.strerror}")
+
+
+def check_figure(parser: argparse.ArgumentParser, option: str, path: Path) -> None:
+    """Ends with a sentence where matplotlib has no format for the name of a figure: now, and not when it is drawn."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known:
+        parser.error(f"{option} {path}: the name must end in one of .{', .'.join(known)}")
+
+
 def read_record(path: Path, keys: Iterable[str]) -> dict:
     """A record that an earlier run wrote, which has `keys`; ends with a sentence if there is none that can be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from error
-    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
-    if missing:
+    if not isinstance(record, dict):
+        raise SystemExit(f"{path} is no record of this benchmark: it holds no JSON object.")
+    if missing := [key for key in keys if key not in record]:
         raise SystemExit(f"{path} is no record of this benchmark: it has no {', '.join(missing)}.")
     return record
 

@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import SO_FAR, check_numbers, check_output, run_command, write_record
+from benchmarks.command import SO_FAR, check_folder, check_numbers, check_output, run_command, write_record
 from benchmarks.tables import markdown
 
 SIZES = {  # GB to the shape of the model: decoder layers, width, layers of the vision tower
@@ -166,11 +166,10 @@ def main() -> int:
         return 0
     check_numbers(parser, args, 1, "rounds")
     check_output(parser, args.output)
+    check_folder(parser, "--work", args.work)
     import torch
 
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    if args.work:
-        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="conversion-") as work:
         sizes = {}
         for size in args.sizes:

@@ -47,6 +47,7 @@ from benchmarks import accounting, baselines
 from benchmarks.baselines import PrunedLlava, fastv, pyramid_drop, vtw
 from benchmarks.command import (
     GOES_ON,
+    check_figure,
     check_learning_rate,
     check_numbers,
     check_output,
@@ -943,6 +944,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if not args.report:
         check_output(parser, args.output)
     check_output(parser, args.figure)
+    check_figure(parser, "--figure", args.figure)
     return args
 
 

@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
-from benchmarks.command import NOTHING, check_numbers, check_output, run_command, write_record
+from benchmarks.command import NOTHING, check_figure, check_numbers, check_output, run_command, write_record
 from convert_llava_to_dpvr import convert
 
 WARM_UP = 0.5  # share of the samples before which slopes are not measured: allocators fill their pools, caches fill
@@ -245,6 +245,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     check_numbers(parser, args, 1, "max_new_tokens")
     check_numbers(parser, args, 0, "max_bytes_per_call", "max_objects_per_call")  # nothing is more than nan
     check_output(parser, args.output, args.figure)
+    check_figure(parser, "--figure", args.figure)
     return args
 
 

@@ -48,6 +48,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.accounting import dense_config, flop_counter
 from benchmarks.command import (
     SO_FAR,
+    check_folder,
     check_hidden_size,
     check_numbers,
     check_output,
@@ -314,7 +315,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--device", type=usable_device, choices=["cpu", "cuda"], default="cpu", help="default: %(default)s"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
-    parser.add_argument("--folder", help="for the cached features (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="for the cached features (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -335,6 +336,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.vision_tokens < 1 or math.isqrt(args.vision_tokens) ** 2 != args.vision_tokens:
         parser.error(f"--tokens: {args.vision_tokens} vision tokens are no square of patches; 576 are 24 x 24.")
     check_output(parser, args.output)
+    check_folder(parser, "--folder", args.folder)
     return args
 
 

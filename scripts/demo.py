@@ -26,6 +26,7 @@ import digits as task
 
 from benchmarks.accounting import prefill_flops
 from benchmarks.caches import CACHE, make_cache, stored_bytes
+from benchmarks.command import check_figure
 from convert_llava_to_dpvr import convert
 from read_weights import ConversionError
 from scripts.train_tiny_llava import conversation, generate_answers
@@ -166,11 +167,7 @@ def parse_args() -> argparse.Namespace:
     for name, value, least in (("--questions", args.questions, 1), ("--seed", args.seed, 0)):
         if value < least:
             parser.error(f"{name} must be at least {least}, got {value}")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    if args.picture.suffix.lower().removeprefix(".") not in known:
-        parser.error(f"--picture {args.picture}: the name must end in one of .{', .'.join(known)}")
+    check_figure(parser, "--picture", args.picture)
     if not args.picture.absolute().parent.is_dir():
         parser.error(f"--picture {args.picture}: {args.picture.parent} is no folder")
     return args

@@ -53,6 +53,21 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(script, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(("script", "option"), [(analysis, "--work"), (conversion, "--work"), (training, "--folder")])
+def test_a_folder_that_cannot_be_used_is_refused_at_once(script, option, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for folder, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "inside", "Not a directory")):
+        said = refusal(monkeypatch, capsys, script, option, folder, "--output", tmp_path / "record.json")
+        assert f"{option} {folder} cannot be used as a folder: {why}" in said
+
+
+@pytest.mark.parametrize("script", [quality, soak], ids=lambda script: script.__name__)
+def test_a_figure_of_no_known_format_is_refused_at_once(script, monkeypatch, tmp_path, capsys):
+    options = ("--output", tmp_path / "record.json", "--figure", tmp_path / "figure.xyz")
+    said = refusal(monkeypatch, capsys, script, *options)
+    assert f"--figure {tmp_path / 'figure.xyz'}: the name must end in one of ." in said
+
+
 @pytest.mark.parametrize(
     ("script", "options", "sentence"),
     [
@@ -111,7 +126,7 @@ def test_a_record_goes_through_a_link_and_replaces_nothing_but_files(monkeypatch
 
 def test_a_file_that_is_no_record_is_refused_by_its_name(monkeypatch, tmp_path):
     path = tmp_path / "record.json"
-    broken = (('{"settings": ', "cannot be read"), ("[]", "no settings"), ('{"settings": {}}', "it has no "))
+    broken = (('{"settings": ', "cannot be read"), ("[]", "no JSON object"), ('{"settings": {}}', "it has no "))
     for content, why in broken:
         path.write_text(content)
         for script, report in ((quality, "--report"), (side_branch_seeds, "--table")):
@@ -121,6 +136,9 @@ def test_a_file_that_is_no_record_is_refused_by_its_name(monkeypatch, tmp_path):
                     script.main()
                 assert str(path) in str(refused.value)
         assert path.read_text() == content
+    path.write_text("[]")  # fuzz.py, which asks for no key, replaces an entry
+    with pytest.raises(SystemExit, match="no JSON object"):
+        fuzz.main(["--output", str(path), "--inputs", "1"])
 
 
 def test_a_report_on_a_model_without_results_says_so(monkeypatch):
