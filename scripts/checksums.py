@@ -99,10 +99,15 @@ def read_checksums(path: Path) -> dict[str, str]:
     """The names and checksums of a SHA256SUMS file.
 
     Raises:
-        ValueError: with the line's number, if a line is none of `sha256sum`, or names a file twice or one outside.
+        ValueError: it is no text; or with the line's number, if a line is none of `sha256sum`, or names a file twice
+            or one outside.
     """
     sums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text, so it holds no checksums.") from error
+    for number, line in enumerate(lines, 1):
         match = LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{path}, line {number}: {line[:100]!r} is not a checksum and a file's name.")

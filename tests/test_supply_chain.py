@@ -171,6 +171,9 @@ def test_a_checksum_file_that_is_none_is_refused_with_its_line(line, release, ca
     path.write_text(path.read_text() + line + "\n")
     assert checksums.main([str(release), "--check"]) == 1
     assert "SHA256SUMS, line 4: " in capsys.readouterr().err
+    path.write_bytes(b"\xff" * 64)
+    assert checksums.main([str(release), "--check"]) == 1
+    assert "SHA256SUMS is no text" in capsys.readouterr().err
 
 
 def test_a_link_that_leads_out_of_the_folder_is_refused(release, tmp_path_factory, capsys):
