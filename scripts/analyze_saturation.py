@@ -300,14 +300,34 @@ def picture_of(prompt: Prompt, processor) -> np.ndarray | None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The samples measured so far. A last line that was cut off when the run was killed is removed from the file."""
+    """The samples measured so far. A last line that was cut off when the run was killed is removed from the file.
+
+    Raises:
+        AnalysisError: another line is none of a sample, or the file no text.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise AnalysisError(f"{path} is no text. Choose another --output, or --restart to discard it.") from error
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
         path.write_text("".join(lines), encoding="utf-8")
-    return [json.loads(line) for line in lines]
+    return [read_row(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def read_row(path: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not {"sample", "question", "digest"} <= row.keys():
+        raise AnalysisError(
+            f"{path}, line {number}: {line.strip()[:100]!r} is no result of a sample. Remove the line, "
+            "and the sample is measured anew; or choose another --output, or --restart to discard all results."
+        )
+    return row
 
 
 def append_row(path: Path, row: dict) -> None:

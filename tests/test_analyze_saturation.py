@@ -672,6 +672,19 @@ def test_an_interrupt_keeps_what_was_measured_and_more_questions_add_to_it(tmp_p
     assert report.read_summary(tmp_path)["recommendation"]["saturation_layer"] is None
 
 
+@pytest.mark.parametrize("line", [b"cut off", b"[]", b'{"sample": 1}', b"\xff"])
+def test_results_that_are_damaged_are_named_with_their_line(line, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"sample": "a", "question": "", "digest": ""}\n' + line + b"\n")
+    place = (
+        r"samples\.jsonl is no text\." if line == b"\xff" else r"samples\.jsonl, line 2: .* is no result of a sample\."
+    )
+    with pytest.raises(analysis.AnalysisError, match=place):
+        analysis.read_rows(path)
+    path.write_text(path.read_text(encoding="latin-1").splitlines(keepends=True)[0])
+    assert [row["sample"] for row in analysis.read_rows(path)] == ["a"]
+
+
 def test_an_interrupted_restart_is_not_told_to_restart_again(tmp_path, monkeypatch, capsys):
     def kill(*_):
         signal.raise_signal(signal.SIGTERM)
