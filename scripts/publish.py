@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from scripts.checksums import NAME, read_checksums
 from training.adapter_files import CONFIG_FILE
@@ -30,7 +31,10 @@ def open_repository(repo: str, private: bool, token: str | None = None) -> tuple
 
 
 def explain(error: Exception) -> str:
-    """What an error of an upload says, with its cause where the client names that alone."""
+    """What an error of an upload says, with its cause where the client names that alone, and what to do without a
+    login."""
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"{error}\nLog in with `hf auth login`, or set HF_TOKEN."
     return f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else str(error)
 
 

@@ -348,7 +348,7 @@ def test_they_load_by_name_in_a_fresh_process_with_an_empty_cache(folders, pushe
     [
         ("failing upload", "org/failing-upload", "Error while uploading '.*' to the Hub.*500"),
         ("failing commit", "org/failing-commit", "500"),
-        ("wrong token", "org/wrong-token", "401"),
+        ("wrong token", "org/wrong-token", "401.*Log in with `hf auth login`, or set HF_TOKEN."),
     ],
 )
 def test_a_failed_upload_says_so_and_publishes_nothing(pushed, label, repo, word):
