@@ -162,6 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

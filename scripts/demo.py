@@ -26,7 +26,7 @@ import digits as task
 
 from benchmarks.accounting import prefill_flops
 from benchmarks.caches import CACHE, make_cache, stored_bytes
-from benchmarks.command import check_figure
+from benchmarks.command import check_figure, run_command
 from convert_llava_to_dpvr import convert
 from read_weights import ConversionError
 from scripts.train_tiny_llava import conversation, generate_answers
@@ -205,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "the same command starts anew"))

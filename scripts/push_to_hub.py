@@ -172,6 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, (AdapterError, ConversionError, PublishError)):
             print(f"{options.repo}: the upload is one commit, so no part of it is published", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {options.repo} has all of the upload, which is one commit, or none", file=sys.stderr)
+        return 130
     print(f"pushed to {address}")
     return 0
 

@@ -393,6 +393,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, CacheError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; with --resume a run goes on from the last checkpoint in {options.output}", file=sys.stderr
+        )
+        return 130
     if training_arguments.process_index == 0:
         losses = [loss for _, loss in record["loss_curve"]]
         if losses:

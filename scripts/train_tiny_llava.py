@@ -43,9 +43,11 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
+
+from benchmarks.command import NOTHING, run_command
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -664,4 +666,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, NOTHING))

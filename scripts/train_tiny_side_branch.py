@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
+from benchmarks.command import NOTHING, run_command
 from read_weights import ConversionError
 from scripts.train_tiny_llava import (
     answer_logits,
@@ -176,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, NOTHING))

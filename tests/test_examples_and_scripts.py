@@ -1,7 +1,10 @@
 """The embedded models do what their records say, and every command of the README runs."""
 
+import importlib
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -111,6 +114,36 @@ def test_the_embedded_files_are_small():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_has_help_with_examples(script):
     assert "example" in command(script, "--help")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "stopped"),
+    [
+        ("checksums", ["."], "scripts.checksums.write_checksums"),
+        ("demo", [], "argparse.ArgumentParser.parse_args"),
+        ("push_to_hub", ["folder", "user/name"], "scripts.push_to_hub.push_to_hub"),
+        (
+            "train_side_branch",
+            ["model", "--output", "adapter", "--data", str(ROOT / "README.md")],
+            "scripts.train_side_branch.run",
+        ),
+        ("train_tiny_llava", [], "argparse.ArgumentParser.parse_args"),
+        ("train_tiny_side_branch", [], "argparse.ArgumentParser.parse_args"),
+    ],
+)
+def test_an_interrupted_script_says_in_a_line_what_was_kept(script, options, stopped, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    main = importlib.import_module(f"scripts.{script}").main
+    monkeypatch.setattr(stopped, interrupted)
+    if stopped.startswith("scripts."):
+        assert main(options) == 130
+    else:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+        assert ended.value.code == 130
+    assert re.fullmatch(r"\ninterrupted; .{10,100}\n", capsys.readouterr().err)
 
 
 def test_the_demo_writes_a_checkpoint_and_a_picture_and_can_be_run_again(tmp_path):
