@@ -183,32 +183,37 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     return options, training_arguments
 
 
-def load(options: argparse.Namespace, arguments: TrainingArguments):
-    """Model and processor."""
-    dtype = options.dtype or ("bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32")
+def load_processor(options: argparse.Namespace, arguments: TrainingArguments):
+    """The processor, which the rows are checked with before the model is loaded. What kind of model that is and its
+    licence are noted in `options`."""
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=True)
     # Now, and not between the last step and the adapter: the Hub may take its time
     options.license = read_license(options.model) if arguments.process_index == 0 else {}
     options.from_llava = config.model_type != "dpvr"
+    if options.from_llava:
+        return processor_from_llava(options.model)
+    if options.saturation_layer not in (None, config.saturation_layer):
+        raise ValueError(
+            f"{options.model} is routed at layer {config.saturation_layer}, not at {options.saturation_layer}: "
+            "convert it anew, or give its LLaVA."
+        )
+    return AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+
+
+def load_model(options: argparse.Namespace, arguments: TrainingArguments):
+    dtype = options.dtype or ("bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32")
     if not options.from_llava:
-        if options.saturation_layer not in (None, config.saturation_layer):
-            raise ValueError(
-                f"{options.model} is routed at layer {config.saturation_layer}, not at {options.saturation_layer}: "
-                "convert it anew, or give its LLaVA."
-            )
         model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     else:
         # The side branch is in no file, and the processes that leave reading to the first would not make it
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             model = from_llava(options.model, saturation_layer=options.saturation_layer, dtype=dtype)
-        processor = processor_from_llava(options.model)
     if model.dtype != torch.float32 and not (arguments.bf16 or arguments.fp16):
         raise ValueError(
             f"--dtype {options.dtype}: the frozen weights are {model.dtype}, but what trains is float32. Pass --bf16 "
             "or --fp16 as well, so that both compute in one type, or leave --dtype out."
         )
-    return model.to(arguments.device), processor
+    return model.to(arguments.device)
 
 
 def wrap(model, options: argparse.Namespace) -> StagedModel:
@@ -322,15 +327,15 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     """Trains, and writes adapter and records to OUTPUT. The record of the run."""
     set_seed(arguments.seed)
     checkpoint = last_checkpoint(options.output) if options.resume else None
-    model, processor = load(options, arguments)
-    model = wrap(model, options)
-    if arguments.process_index == 0:
-        print(count_trainable(model)[2], flush=True)
+    processor = load_processor(options, arguments)
     with arguments.main_process_first():
         data, evaluation = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
     facts = facts_of(options, arguments, data)
     if checkpoint:
-        check_facts(checkpoint, stated_facts(checkpoint), facts)  # before features are computed for nothing
+        check_facts(checkpoint, stated_facts(checkpoint), facts)  # before the model is loaded for nothing
+    model = wrap(load_model(options, arguments), options)
+    if arguments.process_index == 0:
+        print(count_trainable(model)[2], flush=True)
     rows, collate = data, Collator(processor.tokenizer.pad_token_id)
     if options.cache_features:
         rows = cached(options.cache_features / "train", model, data, arguments)

@@ -1134,6 +1134,32 @@ def test_a_run_whose_held_out_rows_are_all_corrupt_ends_before_it_trains(embedde
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bad_rows_eval.jsonl"]
 
 
+def test_what_is_wrong_with_data_is_told_before_the_model_is_loaded(embedded, pictures, tmp_path, capsys, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(train_side_branch.AutoModel, "from_pretrained", load)
+    monkeypatch.setattr(train_side_branch, "from_llava", load)
+    (pictures / "broken.png").write_bytes(b"no image")
+    rows = {
+        "is not valid JSON": "{",
+        "No row is left that can be trained on: 1 bad rows (1 corrupt image)": json.dumps(
+            [bad_row(image="broken.png")]
+        ),
+        "None of 1 rows can be trained on: 1 bad rows (1 missing image)": json.dumps([bad_row(image="none.png")]),
+        "is empty: it holds no rows": "[]",
+    }
+    for model in (embedded, ROOT / "examples" / "tiny-llava"):
+        for message, text in rows.items():
+            (tmp_path / "rows.json").write_text(text)
+            for option in ("--data", "--eval-data"):
+                options = (option, tmp_path / "rows.json", "--image-folder", pictures)
+                assert train_side_branch.main(train(model, pictures, tmp_path / "out", *options)) == 1
+                assert message in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="the model was loaded"):
+        train_side_branch.main(train(embedded, pictures, tmp_path / "out"))
+
+
 def test_a_run_is_not_resumed_at_another_layer_or_with_another_loss_or_base(pictures, tmp_path, capsys):
     llava, options = ROOT / "examples" / "tiny-llava", ("--max_steps", 1, "--save_steps", 1)
     first = train(llava, pictures, tmp_path / "out", *options, "--saturation-layer", 3)
