@@ -653,6 +653,26 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
     assert read_rows(tmp_path / "rows.json") == [TURNS]
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_list_and_json_lines_are_read_whatever_the_suffix(name, tmp_path):
+    rows = [{**TURNS, "id": "\u2028"}, TURNS]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for text in (json.dumps(rows), json.dumps(rows, indent=2), "\n".join(lines), "\n\n".join([*lines, ""])):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert read_rows(tmp_path / name) == rows
+    (tmp_path / name).write_text(f"{lines[0]}\n{lines[1][:-1]}")
+    with pytest.raises(ValueError, match=rf"{name} is not valid JSON: .*: line 2 column"):
+        read_rows(tmp_path / name)
+
+
+def test_one_object_is_a_row_of_json_lines_but_no_list(tmp_path):
+    for name in ("rows.json", "rows.jsonl"):
+        (tmp_path / name).write_text(json.dumps(TURNS))
+    assert read_rows(tmp_path / "rows.jsonl") == [TURNS]
+    with pytest.raises(ValueError, match=r"rows.json holds a dict, not a list of rows"):
+        read_rows(tmp_path / "rows.json")
+
+
 def test_data_without_rows_is_called_empty(tmp_path):
     for name, text in (("rows.json", "[]"), ("rows.jsonl", "\n")):
         (tmp_path / name).write_text(text)

@@ -19,6 +19,7 @@ import copy
 import io
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,7 @@ from processing_dpvr import decode_picture
 from training.staged import IGNORED
 
 IMAGE = "<image>"
+SPACE = re.compile(r"\s*")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 REASONS = (
     "no conversation",
@@ -71,8 +73,8 @@ def as_bad_row(reason: str, errors: type[Exception] = Exception):
 
 
 def read_rows(source: Path):
-    """The rows of a JSON or JSON lines file of LLaVA's format, or of a folder, parquet, arrow or CSV file of the
-    `datasets` library: anything with a length whose items are dictionaries.
+    """The rows of a JSON or JSON lines file of LLaVA's format, whatever its suffix, or of a folder, parquet, arrow or
+    CSV file of the `datasets` library: anything with a length whose items are dictionaries.
 
     Raises:
         ValueError: the file does not hold a list of rows, or holds none.
@@ -90,13 +92,24 @@ def _read_rows(source: Path):
     if source.is_dir() or source.suffix in (".parquet", ".arrow", ".csv"):
         return read_datasets(source)
     try:
-        with source.open(encoding="utf-8-sig") as file:
-            rows = json.load(file) if source.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
+        values = read_values(source.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{source} is not valid JSON: {error}") from error
+    # Files are called .json that hold lines, and .jsonl that hold one list
+    is_whole = len(values) == 1 and (isinstance(values[0], list) or source.suffix == ".json")
+    rows = values[0] if is_whole else values
     if not isinstance(rows, list):
         raise ValueError(f"{source} holds a {type(rows).__name__}, not a list of rows.")
     return rows
+
+
+def read_values(text: str) -> list:
+    """The JSON values of `text`: one, or one behind the other, as in JSON lines."""
+    decoder, values, end = json.JSONDecoder(), [], 0
+    while (start := SPACE.match(text, end).end()) < len(text):
+        value, end = decoder.raw_decode(text, start)
+        values.append(value)
+    return values
 
 
 def read_datasets(source: Path, split: str = "train"):
