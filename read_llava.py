@@ -48,6 +48,7 @@ from read_weights import (
     tensors_of_folder,
     weight_files,
 )
+from training.card import is_hub_id
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ORIGINAL_BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -99,14 +100,24 @@ def refusing(what: str):
         raise ConversionError(f"{what}: {reason(error)}") from error
 
 
+def check_name(name: str | Path) -> None:
+    """Refuses a checkpoint that is neither a folder nor named as a Hub repository: transformers would ask the Hub.
+
+    Raises:
+        ConversionError
+    """
+    if not Path(name).is_dir() and not is_hub_id(str(name)):
+        what = "is a file" if Path(name).exists() else "does not exist"
+        raise ConversionError(f"{name} {what}: give the folder of a checkpoint, or a Hub id, owner/name.")
+
+
 def resolve_folder(name: str, revision: str | None = None) -> Path:
     """The folder `name`, or a local copy of the Hub repository `name` without its weights."""
     if Path(name).is_dir():
         if revision is not None:
             raise ConversionError(f"--revision {revision} is of a source on the Hub, but {name} is a folder.")
         return Path(name).resolve()
-    if Path(name).exists():
-        raise ConversionError(f"{name} is a file; give the folder of a checkpoint, or a Hub id.")
+    check_name(name)
     texts = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
     _download(name, revision, ["additional_chat_templates/*.jinja"], ignored=None)
     return _download(name, revision, texts)

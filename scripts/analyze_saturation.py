@@ -36,7 +36,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from benchmarks.command import check_numbers, usable_device, write_record
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
-from read_llava import own_template
+from read_llava import check_name, own_template
+from read_weights import ConversionError
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
 from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
@@ -185,6 +186,7 @@ def choose_samples(args: argparse.Namespace) -> list[Sample]:
 def load_model(args: argparse.Namespace):
     """Model and processor, the model on its device and in evaluation mode."""
     options = {"trust_remote_code": args.trust_remote_code, "revision": args.revision}
+    check_name(args.model)
     try:
         config = AutoConfig.from_pretrained(args.model, **options)
         dtype = args.dtype
@@ -640,7 +642,7 @@ def main(arguments: list[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print(summary_text(analyze(args)))
-    except (AnalysisError, OSError) as error:
+    except (AnalysisError, ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from read_llava import check_name
 from training.adapters import (
     adapter_path,
     from_llava,
@@ -36,6 +37,7 @@ from write_checkpoint import check_empty, check_output
 def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, dtype: str = "auto") -> None:
     """Writes `base` with `adapter` merged, its processor, and the record of the training if the adapter has one, into
     `output`, which must not exist or be empty."""
+    check_name(base)
     weights = adapter_path(adapter, subfolder)
     check_output(output, weights.resolve(), *([Path(base).resolve()] if Path(base).exists() else []))
     check_empty(output)

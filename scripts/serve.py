@@ -14,14 +14,33 @@ One more option, --allow-image-urls, lets clients have the server open http:// a
 network as well, and wait for them: a slow one holds up all requests. Local files stay refused.
 """
 
+import re
 import sys
+from pathlib import Path
 
 from PIL import UnidentifiedImageError
 from transformers.cli import transformers as command_line
-from transformers.cli.serving import server, utils
+from transformers.cli.serving import model_manager, server, utils
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from read_llava import check_name
 
 ALLOW_URLS = "--allow-image-urls"
 image_sources = ["data:image/"]  # what the address of an image may begin with
+
+
+class ModelManager(model_manager.ModelManager):
+    """Ends the command with the reason, and no traceback, where the model to serve cannot be loaded."""
+
+    def __init__(self, *args, force_model: str | None = None, **kwargs):
+        try:
+            if force_model is not None and not Path(force_model).exists():
+                check_name(re.split("[@:]", force_model)[0])  # a revision, or a file of GGUF, may follow a Hub id
+            super().__init__(*args, force_model=force_model, **kwargs)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
 
 
 def pin_model(model_manager) -> None:
@@ -110,6 +129,7 @@ if __name__ == "__main__":
     if ALLOW_URLS in sys.argv:
         sys.argv.remove(ALLOW_URLS)
         image_sources += ["http://", "https://"]
+    model_manager.ModelManager = ModelManager
     server.build_server = build_server
     utils.BaseHandler.get_processor_inputs_from_messages = staticmethod(read_messages)
     sys.argv.insert(1, "serve")

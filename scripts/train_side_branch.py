@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser,
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from read_llava import check_name
 from training.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -186,6 +187,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
 def load_processor(options: argparse.Namespace, arguments: TrainingArguments):
     """The processor, which the rows are checked with before the model is loaded. What kind of model that is and its
     licence are noted in `options`."""
+    check_name(options.model)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=True)
     # Now, and not between the last step and the adapter: the Hub may take its time
     options.license = read_license(options.model) if arguments.process_index == 0 else {}

@@ -794,7 +794,7 @@ def test_options_that_are_refused(tmp_path, source, options, message):
 
 
 def test_sources_that_are_no_checkpoint(tmp_path, source):
-    with pytest.raises(ConversionError, match="neither a folder nor a Hub repository"):
+    with pytest.raises(ConversionError, match="nothing does not exist: give the folder of a checkpoint"):
         convert(tmp_path / "nothing", tmp_path / "dpvr")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConversionError, match=r"has no config\.json"):

@@ -105,6 +105,24 @@ def test_stop_strings_end_an_answer(embedded):
     assert len(stopped.split()) <= 2 < len(answer().split())
 
 
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere/dpvr", "file.json"])
+def test_a_model_that_is_not_there_is_called_so_by_each_command(name, tmp_path, monkeypatch, capsys):
+    from convert_llava_to_dpvr import main as convert_command
+    from scripts import analyze_saturation, merge_adapter, train_side_branch
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.json").write_text("[]")
+    for main, options in (
+        (convert_command, ["out"]),
+        (analyze_saturation.main, ["--output", "out"]),
+        (merge_adapter.main, [str(EXAMPLES / "dpvr-tiny-adapter"), "out"]),
+        (train_side_branch.main, ["--data", "file.json", "--output", "out", "--use_cpu"]),
+    ):
+        assert main([name, *options]) == 1
+        what = "is a file" if name == "file.json" else "does not exist"
+        assert f"{name} {what}: give the folder of a checkpoint, or a Hub id, owner/name." in capsys.readouterr().err
+
+
 def test_the_embedded_files_are_small():
     for name in MODELS:
         assert (EXAMPLES / name / "model.safetensors").stat().st_size < 10_000_000

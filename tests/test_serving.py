@@ -206,6 +206,13 @@ def test_an_image_among_the_options_of_a_chat_is_refused(server, picture, folder
     assert ask(server, data_url(picture[0]), QUESTION, chat_template_kwargs={"unused": 1})[0] == 200
 
 
+def test_a_model_that_is_not_there_ends_the_command_in_a_sentence():
+    result = subprocess.run([sys.executable, *OURS, "nowhere"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: nowhere does not exist: give the folder of a checkpoint")
+    assert "Traceback" not in result.stderr
+
+
 def test_addresses_of_images_are_let_through_where_that_is_asked_for_and_files_never(monkeypatch):
     from scripts import serve
 
