@@ -28,6 +28,7 @@ from training.adapters import (
     from_llava,
     load_adapter,
     merge_adapter,
+    processor_from_llava,
     save_adapter,
     train_in_float32,
 )
@@ -577,6 +578,20 @@ def test_every_weight_of_llava_arrives_and_the_side_branch_is_the_identity(llava
     with torch.no_grad():
         expected = make_llava()(**{k: v for k, v in BATCH.items() if k != "mm_token_type_ids"}).logits
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_no_llava_of_this_layout_is_refused_and_for_a_dpvr_how_to_load_it_is_said(tmp_path):
+    make_dpvr().save_pretrained(tmp_path / "dpvr")
+    for load in (from_llava, processor_from_llava):
+        with pytest.raises(AdapterError, match=r"dpvr is a DPVR already: load .* trust_remote_code=True"):
+            load(tmp_path / "dpvr")
+        with pytest.raises(
+            ConversionError, match=r"none does not exist: give the folder of a checkpoint, or a Hub id"
+        ):
+            load(tmp_path / "none")
+    make_llava().model.language_model.save_pretrained(tmp_path / "llama")
+    with pytest.raises(AdapterError, match=r"llama has model_type 'llama', but .* \('llava'\) is wanted"):
+        from_llava(tmp_path / "llama")
 
 
 def test_one_call_gives_a_llava_checkpoint_with_an_adapter(llava, tmp_path):

@@ -51,13 +51,13 @@ from peft import (
 )
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedModel
+from transformers import AutoProcessor, LlavaConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from configuration_dpvr import ROUTING, proportional_layer
 from convert_llava_to_dpvr import make_dpvr_config
 from processing_dpvr import DPVRProcessor
-from read_llava import convert_processor
+from read_llava import check_name, convert_processor
 from side_branch_weights import SAMPLE_SIZE, branch_name, describe, find_mismatch, make_sample
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import RUN_FILE
@@ -585,11 +585,18 @@ def processor_from_llava(llava: str | Path, **kwargs) -> DPVRProcessor:
 
 
 def _llava_config(llava: str | Path, **kwargs) -> LlavaConfig:
+    check_name(llava)
     download = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-    config = AutoConfig.from_pretrained(llava, trust_remote_code=False, **download)
-    if type(config) is not LlavaConfig:
+    # Not by AutoConfig, which asks whether to trust the code that a checkpoint brings
+    model_type = LlavaConfig.get_config_dict(llava, **download)[0].get("model_type")
+    if model_type == "dpvr":
         raise AdapterError(
-            f"{llava} has model_type {config.model_type!r}, but a checkpoint in the layout of llava-hf ('llava') is "
-            "wanted. Convert the original layout with convert_llava_to_dpvr.py."
+            f"{llava} is a DPVR already: load model and processor with AutoModel and AutoProcessor.from_pretrained"
+            "(..., trust_remote_code=True), and an adapter with training.adapters.load_adapter."
         )
-    return config
+    if model_type != "llava":
+        raise AdapterError(
+            f"{llava} has model_type {model_type!r}, but a checkpoint in the layout of llava-hf ('llava') is wanted. "
+            "Convert the original layout with convert_llava_to_dpvr.py."
+        )
+    return LlavaConfig.from_pretrained(llava, **download)
