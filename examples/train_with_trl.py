@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
+from read_llava import check_name
 from training.adapters import add_adapter, save_adapter, train_in_float32
 from training.data import Collator, encode, read_conversation
 
@@ -68,12 +69,16 @@ def main() -> None:
             parser.error(f"{name} must be at least 1, got {value}")
 
     has_gpu = torch.cuda.is_available()
-    model = AutoModel.from_pretrained(
-        args.model, trust_remote_code=True, dtype=torch.bfloat16 if has_gpu else torch.float32
-    )
-    model = add_adapter(model)
+    try:
+        check_name(args.model)
+        model = AutoModel.from_pretrained(
+            args.model, trust_remote_code=True, dtype=torch.bfloat16 if has_gpu else torch.float32
+        )
+        model = add_adapter(model)
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     train_in_float32(model)
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     trainer = SFTTrainer(
         model,
         args=SFTConfig(

@@ -1497,6 +1497,22 @@ def test_the_trl_example_trains_a_checkpoint_in_half_precision_in_small_steps(tm
         assert refused.stderr.endswith(f"error: {option} must be at least 1, got 0\n")
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nowhere", "nowhere does not exist"),
+        (str(ROOT / "examples" / "tiny-llava"), "is no DPVR and has no side branch"),
+    ],
+)
+def test_the_trl_example_refuses_a_model_that_it_cannot_train(model, message, tmp_path):
+    pytest.importorskip("trl")
+    program = [sys.executable, str(ROOT / "examples" / "train_with_trl.py"), model, str(tmp_path / "adapter")]
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
 # --- the benchmarks
 
 
