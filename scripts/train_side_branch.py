@@ -37,6 +37,7 @@ from training.adapters import (
     base_name,
     from_llava,
     processor_from_llava,
+    read_config,
     save_adapter,
     train_in_float32,
 )
@@ -160,6 +161,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         path = getattr(options, name)
         if path is not None and not path.exists():  # now, and not once the model is loaded
             parser.error(f"--{name.replace('_', '-')} {path} does not exist")
+    if options.peft_config and not (options.peft_config / CONFIG_FILE).is_file():
+        parser.error(f"--peft-config {options.peft_config}: give a folder that holds an {CONFIG_FILE}")
     is_resumable = last_checkpoint(options.output) is not None
     if is_resumable and not options.resume:
         parser.error(
@@ -218,11 +221,8 @@ def load_model(options: argparse.Namespace, arguments: TrainingArguments):
     return model.to(arguments.device)
 
 
-def wrap(model, options: argparse.Namespace) -> StagedModel:
+def wrap(model, options: argparse.Namespace, lora: str | PeftConfig | None) -> StagedModel:
     """The model with what trains in it, which is in float32."""
-    lora = options.lora
-    if options.peft_config:
-        lora = PeftConfig.from_pretrained(str(options.peft_config))
     model = add_adapter(model, lora, whole_fusion=options.whole_fusion)
     train_in_float32(model)
     return StagedModel(model, options.loss)
@@ -329,13 +329,14 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     """Trains, and writes adapter and records to OUTPUT. The record of the run."""
     set_seed(arguments.seed)
     checkpoint = last_checkpoint(options.output) if options.resume else None
+    lora = read_config(options.peft_config) if options.peft_config else options.lora
     processor = load_processor(options, arguments)
     with arguments.main_process_first():
         data, evaluation = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
     facts = facts_of(options, arguments, data)
     if checkpoint:
         check_facts(checkpoint, stated_facts(checkpoint), facts)  # before the model is loaded for nothing
-    model = wrap(load_model(options, arguments), options)
+    model = wrap(load_model(options, arguments), options, lora)
     if arguments.process_index == 0:
         print(count_trainable(model)[2], flush=True)
     rows, collate = data, Collator(processor.tokenizer.pad_token_id)

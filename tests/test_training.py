@@ -1109,6 +1109,8 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         ("--eval-data", "typo.json"): "--eval-data typo.json does not exist",
         ("--image-folder", "typo"): "--image-folder typo does not exist",
         ("--peft-config", "typo"): "--peft-config typo does not exist",
+        ("--peft-config", pictures / "good.json"): "good.json: give a folder that holds an adapter_config.json",
+        ("--peft-config", pictures): "give a folder that holds an adapter_config.json",
     }.items():
         with pytest.raises(SystemExit) as status:
             train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options))
@@ -1154,7 +1156,9 @@ def test_a_run_whose_held_out_rows_are_all_corrupt_ends_before_it_trains(embedde
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bad_rows_eval.jsonl"]
 
 
-def test_what_is_wrong_with_data_is_told_before_the_model_is_loaded(embedded, pictures, tmp_path, capsys, monkeypatch):
+def test_what_is_wrong_with_data_or_a_peft_config_is_told_before_the_model_is_loaded(
+    embedded, pictures, tmp_path, capsys, monkeypatch
+):
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
@@ -1169,6 +1173,9 @@ def test_what_is_wrong_with_data_is_told_before_the_model_is_loaded(embedded, pi
         "None of 1 rows can be trained on: 1 bad rows (1 missing image)": json.dumps([bad_row(image="none.png")]),
         "is empty: it holds no rows": "[]",
     }
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "NONE"}')
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", "--peft-config", tmp_path)) == 1
+    assert "adapter_config.json is no config that PEFT can read" in capsys.readouterr().err
     for model in (embedded, ROOT / "examples" / "tiny-llava"):
         for message, text in rows.items():
             (tmp_path / "rows.json").write_text(text)

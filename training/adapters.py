@@ -423,7 +423,7 @@ def load_adapter(
     _check_name_is_free(model, name)
     weights = load_file(path)
     if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
-        config = _read_config(path.parent)
+        config = read_config(path.parent)
     else:
         config = LNTuningConfig(target_modules=BRANCH_LEAVES)
         weights = {_tuned(branch_name(key)): weight for key, weight in weights.items()}
@@ -444,7 +444,11 @@ def load_adapter(
     return model if is_trainable else model.eval()
 
 
-def _read_config(folder: Path) -> PeftConfig:
+def read_config(folder: Path) -> PeftConfig:
+    """
+    Raises:
+        AdapterError: there is none, or it is broken.
+    """
     try:
         return PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # fields of any type
