@@ -283,12 +283,15 @@ def total_batch_size(arguments: TrainingArguments, batch_size: int) -> int:
     return batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
-def record_of(options, arguments: TrainingArguments, trainer, model, data) -> dict:
+def record_of(options, arguments: TrainingArguments, trainer, model, data, held_out) -> dict:
     """What a model card and a reader need to know of the run. No path of this machine."""
     trained, total, _ = count_trainable(model)
     # Which --auto_find_batch_size may have made smaller
     batch_size = total_batch_size(arguments, trainer._train_batch_size)
     history = trainer.state.log_history
+    evaluation = {}
+    if held_out:
+        evaluation = {"eval_data": (options.eval_data or options.data).name, "eval_rows": held_out.num_rows()}
     # Of a step that was evaluated twice, as by a run that goes on at its end, the last
     evaluated = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     return {
@@ -298,6 +301,7 @@ def record_of(options, arguments: TrainingArguments, trainer, model, data) -> di
         "data": options.data.name,
         "rows": data.num_rows(),
         "bad_rows": data.bad_rows.summary().split(", listed")[0],
+        **evaluation,
         "loss": options.loss,
         "trains": trained_parts(options, model),
         "peft_type": model.model.active_peft_config.peft_type.value,
@@ -332,17 +336,17 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     lora = read_config(options.peft_config) if options.peft_config else options.lora
     processor = load_processor(options, arguments)
     with arguments.main_process_first():
-        data, evaluation = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
+        data, held_out = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
     facts = facts_of(options, arguments, data)
     if checkpoint:
         check_facts(checkpoint, stated_facts(checkpoint), facts)  # before the model is loaded for nothing
     model = wrap(load_model(options, arguments), options, lora)
     if arguments.process_index == 0:
         print(count_trainable(model)[2], flush=True)
-    rows, collate = data, Collator(processor.tokenizer.pad_token_id)
+    rows, evaluation, collate = data, held_out, Collator(processor.tokenizer.pad_token_id)
     if options.cache_features:
         rows = cached(options.cache_features / "train", model, data, arguments)
-        evaluation = evaluation and cached(options.cache_features / "eval", model, evaluation, arguments)
+        evaluation = held_out and cached(options.cache_features / "eval", model, held_out, arguments)
         collate = collate_rows
     # What a layer before the fusion trains may be of no use to a batch, as one without an image
     arguments.ddp_find_unused_parameters = not model.features_frozen
@@ -351,7 +355,7 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     is_evaluated = trainer.evaluated_at == trainer.state.global_step and not arguments.load_best_model_at_end
     if evaluation is not None and not is_evaluated:
         trainer.evaluate()
-    record = record_of(options, arguments, trainer, model, data)
+    record = record_of(options, arguments, trainer, model, data, held_out)
     finish(options, trainer, model, record)
     if arguments.world_size > 1:  # one that ends earlier would take down the one that writes
         trainer.accelerator.wait_for_everyone()

@@ -985,7 +985,8 @@ def test_training_lowers_the_loss_and_writes_an_adapter_that_loads(embedded, pic
     assert train_side_branch.main(train(embedded, pictures, output, *options)) == 0
     assert "213,248 of 3,089,152 parameters train (6.90%)" in capsys.readouterr().out
     record = json.loads((output / "training.json").read_text())
-    assert record["rows"] == 8
+    assert (record["rows"], record["eval_data"], record["eval_rows"]) == (8, "good.json", 2)
+    assert "| eval data | good.json |\n| eval rows | 2 |" in (output / "README.md").read_text()
     steps, evaluated = zip(*record["eval_loss_curve"], strict=True)
     assert steps == (6, 12)  # the last one once
     assert evaluated[-1] < evaluated[0]

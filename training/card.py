@@ -111,10 +111,10 @@ def make_card(
 
     Args:
         run: `training.json` of the run. Used where it has them: `base_model`, `base_type` (`"dpvr"` or `"llava"`),
-            `saturation_layer`, `num_side_layers`, `data`, `rows`, `bad_rows`, `loss`, `trains`, `peft_type`,
-            `parameters`, `trainable_parameters`, `hyperparameters`, `training_seconds`, `versions`, `command`,
-            `license`, `license_name`, `license_link`, `loss_curve`, `eval_loss_curve` and `held_out` (`{model: {kind
-            of question: {"questions", "accuracy", "wilson_95"}}}`).
+            `saturation_layer`, `num_side_layers`, `data`, `rows`, `bad_rows`, `eval_data`, `eval_rows`, `loss`,
+            `trains`, `peft_type`, `parameters`, `trainable_parameters`, `hyperparameters`, `training_seconds`,
+            `versions`, `command`, `license`, `license_name`, `license_link`, `loss_curve`, `eval_loss_curve` and
+            `held_out` (`{model: {kind of question: {"questions", "accuracy", "wilson_95"}}}`).
         name: Hub id, or folder.
         is_adapter: whether it is an adapter; a whole checkpoint otherwise.
         subfolder: of the repository, where the adapter lies.
@@ -179,9 +179,8 @@ def _load(run: dict, base: str, name: str, is_adapter: bool, subfolder: str | No
 
 
 def _facts(run: dict) -> list[list[str]]:
-    rows = [
-        (key.replace("_", " "), run[key]) for key in ("base_model", "data", "rows", "bad_rows", "loss") if key in run
-    ]
+    stated = ("base_model", "data", "rows", "bad_rows", "eval_data", "eval_rows", "loss")
+    rows = [(key.replace("_", " "), run[key]) for key in stated if key in run]
     if {"trainable_parameters", "parameters"} <= run.keys():
         trained, total = run["trainable_parameters"], run["parameters"]
         rows.append(("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"))
