@@ -812,6 +812,16 @@ def test_features_of_something_else_are_refused_with_both_values(cached):
         feature_cache.cache_features(folder, model, data)
 
 
+def test_features_of_something_else_are_refused_before_a_row_is_loaded(cached, monkeypatch):
+    model, data, folder = cached
+    feature_cache.cache_features(folder, model, data)
+    loaded = []
+    monkeypatch.setattr(data, "load", loaded.append)
+    with pytest.raises(feature_cache.CacheError, match="with dtype 'float32', but this run has 'bfloat16'"):
+        feature_cache.cache_features(folder, model, data, dtype=torch.bfloat16)
+    assert not loaded
+
+
 def test_features_of_pictures_of_another_folder_are_refused(cached, pictures, processor, tmp_path):
     model, data, folder = cached
     feature_cache.cache_features(folder, model, data)

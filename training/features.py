@@ -151,6 +151,29 @@ def estimate_row(model: StagedModel, dataset: ConversationDataset, dtype: torch.
     return float(np.mean(sizes))
 
 
+def find_index(folder: Path, expected: dict) -> dict | None:
+    """The index of `folder`, if there is one.
+
+    Raises:
+        CacheError: it was made from something else, or is broken.
+    """
+    if not (folder / INDEX).exists():
+        return None
+    index = read_index(folder)
+    for name, value in expected.items():
+        if name not in index["fingerprint"]:
+            raise CacheError(
+                f"The features in {folder} were made by an earlier version, which did not note their {name}. Give "
+                "another folder, or delete this one."
+            )
+        if index["fingerprint"][name] != value:
+            raise CacheError(
+                f"The features in {folder} were made with {name} {index['fingerprint'][name]!r}, but this run "
+                f"has {value!r}. Give another folder, or delete this one."
+            )
+    return index
+
+
 def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int, is_told: bool = True) -> dict:
     """The index of `folder`; made if there is none. Prints what is to be computed and its size, unless `is_told` is
     False.
@@ -159,20 +182,8 @@ def open_index(folder: Path, expected: dict, bytes_per_row: float, num_rows: int
         CacheError: it was made from something else, or the disk cannot hold what is missing.
     """
     path = folder / INDEX
-    if path.exists():
-        index = read_index(folder)
-        for name, value in expected.items():
-            if name not in index["fingerprint"]:
-                raise CacheError(
-                    f"The features in {folder} were made by an earlier version, which did not note their {name}. Give "
-                    "another folder, or delete this one."
-                )
-            if index["fingerprint"][name] != value:
-                raise CacheError(
-                    f"The features in {folder} were made with {name} {index['fingerprint'][name]!r}, but this run "
-                    f"has {value!r}. Give another folder, or delete this one."
-                )
-    else:
+    index = find_index(folder, expected)
+    if index is None:
         rows_per_shard = max(1, int(SHARD_BYTES // bytes_per_row))
         index = {"fingerprint": expected, "rows_per_shard": rows_per_shard, "num_rows": num_rows}
     missing = [shard for shard in range(num_shards(index)) if not shard_path(folder, shard).exists()]
@@ -317,6 +328,7 @@ def cache_features(
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.core.language_model.norm.weight.dtype
     expected = fingerprint(model, dataset, dtype)
+    find_index(folder, expected)  # before rows are loaded, whose sizes are asked for
     index = open_index(folder, expected, estimate_row(model, dataset, dtype), len(dataset), rank == 0)
     bad_rows = BadRows(folder / BAD_ROWS, fresh=False)
     loaded, collate = _Loaded(dataset, bad_rows), _GoodRows(Collator(dataset.processor.tokenizer.pad_token_id))
