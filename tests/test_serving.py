@@ -104,6 +104,23 @@ def test_a_request_with_an_image_is_answered(server, picture):
     assert json.loads(body)["choices"][0]["message"]["content"].strip() == picture[1]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_an_answer(server, picture, stream):
+    whole = json.loads(ask(server, data_url(picture[0]), "Read row 2.")[1])["choices"][0]["message"]["content"]
+    stop = whole.split()[1].strip(",.")
+    for value in (stop, ["no such word", stop]):
+        status, body = ask(server, data_url(picture[0]), "Read row 2.", stop=value, stream=stream)
+        if not server[1]:  # with any model that has a processor
+            assert status == 500 or "no attribute 'get_vocab'" in body, body
+        elif stream:
+            chunks = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
+            text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+            assert text.split()[-1].strip(",.") == stop
+        else:
+            assert status == 200, body
+            assert json.loads(body)["choices"][0]["message"]["content"].split()[-1].strip(",.") == stop
+
+
 def test_an_answer_is_streamed(server, picture):
     status, body = ask(server, data_url(picture[0]), QUESTION, stream=True)
     assert status == 200, body
