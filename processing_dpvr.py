@@ -67,7 +67,7 @@ def _as_list(images, depth: int = 2):
     """`images`, where something else than a list lists them, such as a column of `datasets` or pandas, as a list; and
     so its rows."""
     is_column = hasattr(images, "to_list") or (str(getattr(images, "dtype", "")) == "object" and images.ndim > 0)
-    is_one = isinstance(images, (str, bytes, dict)) or is_pil_image(images) or hasattr(images, "read")
+    is_one = isinstance(images, (str, bytes, dict)) or hasattr(images, "read")
     if not depth or is_one or (hasattr(images, "ndim") and not is_column) or not hasattr(images, "__iter__"):
         return images
     return [_as_list(item, depth - 1) for item in images]
@@ -499,7 +499,7 @@ class DPVRProcessor(LlavaProcessor):
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def _check_counts(self, images: list, text: list[str]) -> None:
-        if not text or not _is_nested(images):
+        if not _is_nested(images):
             return
         if len(images) != len(text):
             raise ValueError(f"`images` has {len(images)} lists for {len(text)} prompts; give one per prompt.")
