@@ -258,7 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
         soak = run(model, processor, make_requests(), args.calls, args.every, args.max_new_tokens)
     slopes, faults = judge(soak, args.max_bytes_per_call, args.max_objects_per_call)
     record = {
-        "command": f"python benchmarks/soak.py --calls {args.calls} --every {args.every}",
+        "command": f"python benchmarks/soak.py --calls {args.calls} --every {args.every} "
+        f"--max-new-tokens {args.max_new_tokens}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "limits": {"bytes_per_call": args.max_bytes_per_call, "objects_per_call": args.max_objects_per_call},
         "slopes": slopes,
