@@ -225,7 +225,7 @@ class Prepared:
 
     Attributes:
         is_vision, attention_mask, labels: `(B, T)`, padded on the right; labels are -100 outside of answers.
-        states: the states `(B, T, D)` that reach each layer, number of layers of them.
+        states: the states `(B, T, D)` that reach each layer; None for a layer of which none were kept.
         final_states: `(N, D)`, after the norm, of the tokens that predict the answers'.
         kind: of the questions, where all rows ask one of the same kind.
     """
@@ -233,7 +233,7 @@ class Prepared:
     is_vision: torch.BoolTensor
     attention_mask: torch.Tensor
     labels: torch.LongTensor
-    states: list[torch.Tensor]
+    states: list[torch.Tensor | None]
     final_states: torch.Tensor
     kind: str
 
@@ -244,8 +244,15 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(llava, batch: dict[str, torch.Tensor], kind: str = "", dtype: torch.dtype = torch.float32) -> Prepared:
-    """Runs the dense `LlavaForConditionalGeneration` on a batch of `labelled`; states are kept in `dtype`."""
+def prepare(
+    llava,
+    batch: dict[str, torch.Tensor],
+    kind: str = "",
+    dtype: torch.dtype = torch.float32,
+    layers: Collection[int] | None = None,
+) -> Prepared:
+    """Runs the dense `LlavaForConditionalGeneration` on a batch of `labelled`; states are kept in `dtype`, those that
+    reach these `layers`, or all."""
     batch, labels = dict(batch), batch["labels"]
     del batch["labels"]
     outputs = llava.model(**batch, use_cache=False, output_hidden_states=True)
@@ -253,7 +260,10 @@ def prepare(llava, batch: dict[str, torch.Tensor], kind: str = "", dtype: torch.
         is_vision=batch["input_ids"] == llava.config.image_token_id,
         attention_mask=batch["attention_mask"],
         labels=labels,
-        states=[state.to(dtype) for state in outputs.hidden_states[:-1]],
+        states=[
+            state.to(dtype) if layers is None or layer in layers else None
+            for layer, state in enumerate(outputs.hidden_states[:-1])
+        ],
         final_states=outputs.last_hidden_state[predicts(labels)],
         kind=kind,
     )
@@ -271,7 +281,9 @@ def question_batches(processor, seed: int, num_questions: int) -> dict[str, dict
     return batches
 
 
-def training_batches(llava, processor, num_batches: int, each_alone: bool = False) -> list[Prepared]:
+def training_batches(
+    llava, processor, num_batches: int, each_alone: bool = False, layers: Collection[int] | None = None
+) -> list[Prepared]:
     """Conversations of many questions each to train on, the same for every method. With `each_alone` every question is
     a row by itself, as baselines need it: what they keep of an image, the first question decides."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
@@ -284,7 +296,7 @@ def training_batches(llava, processor, num_batches: int, each_alone: bool = Fals
             conversations = [[question] for turns in conversations for question in turns]
         texts = [conversation_text(turns) for turns in conversations]
         batch = labelled(processor, text_batch(processor, texts)["input_ids"], pixel_values)
-        prepared.append(prepare(llava, batch, dtype=torch.float16))
+        prepared.append(prepare(llava, batch, dtype=torch.float16, layers=layers))
     return prepared
 
 
@@ -551,11 +563,15 @@ class Entry:
 
     @property
     def family(self) -> str:
-        """Methods that one curve of the figure joins."""
-        first, *rest = self.name.split("/")
-        if first == "dpvr":
-            return " ".join([first, *rest[1:]])
-        return f"{first}, {LAST}" if rest and rest[-1] == LAST else first
+        return family_of(self.name)
+
+
+def family_of(name: str) -> str:
+    """Of the name of a method: those that one curve of the figure joins."""
+    first, *rest = name.split("/")
+    if first == "dpvr":
+        return " ".join([first, *rest[1:]])
+    return f"{first}, {LAST}" if rest and rest[-1] == LAST else first
 
 
 def summarize(record: dict) -> list[Entry]:

@@ -24,13 +24,14 @@ from benchmarks import (
     soak,
     speed,
     training,
+    training_steps,
 )
 from benchmarks.command import write_record
 
 COMMANDS = sorted(
     path for path in (ROOT / "benchmarks").glob("*.py") if "argparse" in path.read_text() and path.stem != "command"
 )
-SCRIPTS = (analysis, compiled, conversion, fuzz, quality, side_branch_seeds, soak, speed, training)
+SCRIPTS = (analysis, compiled, conversion, fuzz, quality, side_branch_seeds, soak, speed, training, training_steps)
 
 
 def refusal(monkeypatch, capsys, script, *options) -> str:
@@ -75,6 +76,7 @@ def test_a_figure_of_no_known_format_is_refused_at_once(script, monkeypatch, tmp
         (quality, "--questions -1", "--questions -1 must be at least 1"),
         (quality, "--learning-rate nan", "--learning-rate nan must be more than 0"),
         (dense_seeds, "--pool 0", "--pool 0 must be at least 1"),
+        (training_steps, "--steps 5 0", "--steps 0 must be at least 1"),
         (side_branch_seeds, "--seeds -1", "--seeds -1 must be at least 0"),
         (side_branch_seeds, "--batch-size 0", "--batch-size 0 must be at least 1"),
         (side_branch_seeds, "--learning-rate inf", "--learning-rate inf must be more than 0"),
@@ -158,7 +160,7 @@ def test_results_that_do_not_say_of_which_weights_they_are_get_no_others_beside_
 
 
 def test_committed_results_say_of_which_weights_they_are():
-    for script in (quality, side_branch_seeds, dense_seeds):
+    for script in (quality, side_branch_seeds, dense_seeds, training_steps):
         record = json.loads(script.RESULTS.read_text())
         assert all(result["weights"] for result in record.get("models", {"one": record}).values())
 

@@ -1,0 +1,126 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""
+Would more training help? Accuracy after more steps, where after those of `quality.py` something was still missing.
+
+DPVR's side branch alone, DPVR whose fusion layer trains too, and VTW whose last layer trains, each at layers where it
+keeps less than dense LLaVA. Each number of steps is a training of its own, with a learning rate that falls to nothing
+at its end. All draw from one pool of conversations, larger than that of `quality.py`, so that more steps see more.
+
+Each result is written as it is there; an interrupted run goes on where it was.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from benchmarks import quality
+from benchmarks.command import GOES_ON, check_output, run_command, write_record
+from benchmarks.quality import LAST, Routing, TrainedLast, percent
+from benchmarks.side_branch_seeds import check_weights, read_results
+from benchmarks.tables import markdown
+from scripts.train_tiny_llava import LONG_BATCH, versions
+
+RESULTS = ROOT / "benchmarks" / "results" / "training_steps.json"
+STUDIED = {  # by LLaVA; names as of `quality.methods`
+    "tiny-llava": ("dpvr/2/trained", "dpvr/3/trained", "dpvr/1/trained with fusion", f"vtw/3/{LAST}"),
+    "tiny-llava-12": (
+        "dpvr/4/trained",
+        "dpvr/1/trained with fusion",
+        "dpvr/1/trained with fusion/no side layers",
+        "dpvr/2/trained with fusion",
+        f"vtw/3/{LAST}",
+    ),
+}
+SETTINGS = ("questions", "batch_size", "learning_rate", "pool", "loss")
+
+
+def measure(name: str, args, record: dict) -> None:
+    """All cells of one of the embedded LLaVAs that are not there yet."""
+    folder, seeds = ROOT / "examples" / name, range(args.seeds)
+    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    result = record["models"].setdefault(name, {"cells": {}})
+    check_weights(args.output, result, llava, folder)
+    cells = {steps: result["cells"].setdefault(str(steps), {}) for steps in args.steps}
+    found = quality.methods(llava.config.text_config.num_hidden_layers)
+    found = {
+        key: found[key]
+        for key in STUDIED[name]
+        if any(str(seed) not in by_method.get(key, {}) for by_method in cells.values() for seed in seeds)
+    }
+    if not found:
+        return
+
+    def save() -> None:
+        write_record(args.output, record, indent=1)
+
+    processor, num_batches = AutoProcessor.from_pretrained(folder), -(-args.pool // LONG_BATCH)
+    questions = [quality.question_batches(processor, seed, args.questions) for seed in seeds]
+    held_out = [[quality.prepare(llava, batch, kind) for kind, batch in batches.items()] for batches in questions]
+    quality.measure_baselines(folder, {"dense": ()}, held_out, result.setdefault("untrained", {}), save)
+    if routings := [method for method in found.values() if isinstance(method, Routing)]:
+        layers = {routing.saturation_layer for routing in routings}
+        pool = quality.training_batches(llava, processor, num_batches, layers=layers)
+        for routing in routings:
+            quality.measure_routings(folder, [routing], held_out, pool, args, cells, save)
+    if baselines := {key: method for key, method in found.items() if isinstance(method, TrainedLast)}:
+        layers = {method.stages[0].layer for method in baselines.values()}  # of stages that rank nothing
+        pool = quality.training_batches(llava, processor, num_batches, each_alone=True, layers=layers)
+        quality.measure_trained_baselines(folder, baselines, held_out, pool, args, cells, save)
+
+
+def table(record: dict) -> str:
+    """Right answers in percent, the mean of all kinds, a column for each number of steps, beside dense LLaVA's."""
+    lengths = sorted({int(steps) for result in record["models"].values() for steps in result["cells"]})
+    labels, rows = {family: label for label, family in quality.EQUAL.items()}, []
+    for name, result in record["models"].items():
+        for method in STUDIED[name]:
+            measured = [result["cells"].get(str(steps), {}).get(method, {}) for steps in lengths]
+            shown = [percent(over_kinds(by_seed)) if by_seed else "" for by_seed in measured]
+            described = [method.split("/")[1], labels[quality.family_of(method)]]
+            rows.append([name, *described, *shown, percent(over_kinds(result["untrained"]["dense"]))])
+    return markdown(["LLaVA", "layer", "method", *(f"{steps:,} steps" for steps in lengths), "dense LLaVA"], rows)
+
+
+def over_kinds(by_seed: dict[str, dict[str, float]]) -> np.ndarray:
+    """One value for each seed."""
+    return np.array([np.mean(list(by_kind.values())) for by_kind in by_seed.values()])
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        epilog="examples:\n"
+        "  python benchmarks/training_steps.py             what is missing of benchmarks/results/training_steps.json\n"
+        "  python benchmarks/training_steps.py --steps 1 2 --seeds 1 --questions 2 --pool 16 --output steps.json\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", nargs="+", choices=STUDIED, default=list(STUDIED), help="default: %(default)s")
+    quality.add_settings(parser, seeds=3, questions=250, pool=3200, steps=(200, 800, 3200), output=RESULTS)
+    args = parser.parse_args(arguments)
+    quality.check_settings(parser, args)
+    check_output(parser, args.output)
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    record = read_results(args.output, {"settings": settings, "versions": versions(), "models": {}})
+    for name in args.models:
+        measure(name, args, record)
+    print(table(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, GOES_ON))
