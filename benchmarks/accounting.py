@@ -44,7 +44,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoConfig, LlavaConfig
+from transformers import LlavaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configuration_dpvr lies beside this folder
 
@@ -280,9 +280,14 @@ def _table(config: DPVRConfig, vision_tokens: int, text_tokens: int) -> str:
 
 def _load_config(checkpoint: str | None, saturation_layer: int | None) -> DPVRConfig:
     """The config of a DPVR, or of the one that a LLaVA becomes; the layer that is given, or the converter's."""
-    config = DPVRConfig() if checkpoint is None else AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    if config.model_type not in ("llava", "dpvr"):
-        raise ValueError(f"{checkpoint} is a {type(config).__name__}, not the config of a LLaVA or a DPVR.")
+    if checkpoint is None:
+        config = DPVRConfig()
+    else:
+        # Not by AutoConfig: what is registered there, all later models of this process are loaded with
+        model_type = DPVRConfig.get_config_dict(checkpoint)[0].get("model_type")
+        if model_type not in ("llava", "dpvr"):
+            raise ValueError(f"{checkpoint} has model_type {model_type!r}, not the config of a LLaVA or a DPVR.")
+        config = (DPVRConfig if model_type == "dpvr" else LlavaConfig).from_pretrained(checkpoint)
     fields = config.to_dict()
     is_routed = fields.pop("model_type") == "dpvr"
     if saturation_layer is not None:
@@ -293,7 +298,6 @@ def _load_config(checkpoint: str | None, saturation_layer: int | None) -> DPVRCo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    AutoConfig.register("dpvr", DPVRConfig, exist_ok=True)
     parser = argparse.ArgumentParser(description="FLOPs and KV-cache bytes of LLaVA and DPVR, 2 FLOPs a multiply-add.")
     parser.add_argument("checkpoint", nargs="?", help="Hub id or folder with a config.json; default: LLaVA-1.5-7B")
     parser.add_argument(

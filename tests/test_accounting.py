@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import DPVRConfig, DPVRForConditionalGeneration
 from torch import nn
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import accounting
 from benchmarks.accounting import (
@@ -232,6 +232,12 @@ def test_unknown_vision_tower_is_refused():
     config = LlavaConfig(vision_config={"model_type": "siglip_vision_model"})
     with pytest.raises(ValueError, match="siglip_vision_model"):
         vision_tower_flops(config.vision_config)
+
+
+def test_the_command_registers_nothing_that_later_models_of_the_process_would_be_loaded_with(tmp_path):
+    DPVRConfig().save_pretrained(tmp_path)
+    assert accounting.main([str(tmp_path)]) == 0
+    assert "dpvr" not in CONFIG_MAPPING
 
 
 def test_the_command_takes_the_layer_that_the_converter_would_and_says_which(tmp_path, capsys):
