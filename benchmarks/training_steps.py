@@ -37,7 +37,6 @@ STUDIED = {  # by LLaVA; names as of `quality.methods`
         "dpvr/1/trained with fusion",
         "dpvr/1/trained with fusion/no side layers",
         "dpvr/2/trained with fusion",
-        f"vtw/3/{LAST}",
     ),
 }
 SETTINGS = ("questions", "batch_size", "learning_rate", "pool", "loss")

@@ -764,7 +764,7 @@ def test_configs_that_are_refused(tmp_path, source, fields, message):
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'; only 'pad' and 'square'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"vocab_size": WORDS + 2}, r"embed_tokens\.weight in .* has shape \(96, 32\), .* \(98, 32\)"),
-        ({"mm_vision_tower": "no/such/tower"}, "'no/such/tower' is neither a folder nor a Hub repository"),
+        ({"mm_vision_tower": "no/such/tower"}, "vision tower of .*: no/such/tower does not exist: give the folder"),
         ({"mm_vision_tower": None}, "mm_vision_tower is None, not the name of a CLIP; give --vision-tower"),
         ({"model_type": []}, r"model_type \[\]"),
     ],
