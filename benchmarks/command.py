@@ -67,9 +67,7 @@ def check_output(parser: argparse.ArgumentParser, *paths: Path) -> None:
             parser.error(f"{path} cannot be written: {folder} is no folder")
     for path in paths:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
+            make_folder(path.parent)
         except OSError as error:
             parser.error(f"{path} cannot be written: {error.strerror}")
 
@@ -78,11 +76,20 @@ def check_folder(parser: argparse.ArgumentParser, option: str, path: Path | None
     """Makes the folder of an option, if it is given, and ends with a sentence where there can be none."""
     try:
         if path is not None:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
+            make_folder(path)
     except OSError as error:
         parser.error(f"{option} {path} cannot be used as a folder: {error.strerror}")
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and a file in it, which goes at once.
+
+    Raises:
+        OSError: one of the two cannot be made.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def check_figure(parser: argparse.ArgumentParser, option: str, path: Path) -> None:
