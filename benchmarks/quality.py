@@ -285,7 +285,8 @@ def training_batches(
     llava, processor, num_batches: int, each_alone: bool = False, layers: Collection[int] | None = None
 ) -> list[Prepared]:
     """Conversations of many questions each to train on, the same for every method. With `each_alone` every question is
-    a row by itself, as baselines need it: what they keep of an image, the first question decides."""
+    a row by itself, as baselines need it: what they keep of an image, the first question decides. `layers` as of
+    `prepare`."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     prepared = []
     for _ in tqdm(range(num_batches), desc="training conversations", mininterval=5):
@@ -485,16 +486,31 @@ def measure_routings(
             save()
 
 
+def find_missing(found: dict, results: Collection[dict], num_seeds: int) -> dict:
+    """The methods of `found` of which one of the `results`, by method and seed, lacks a seed."""
+
+    def lacks(key: str) -> bool:
+        return any(str(seed) not in cells.get(key, {}) for cells in results for seed in range(num_seeds))
+
+    return {key: method for key, method in found.items() if lacks(key)}
+
+
+def held_out_batches(name: str, llava, processor, args) -> list[list[Prepared]]:
+    """The questions of each seed, a batch for each kind."""
+    seeds = tqdm(range(args.seeds), desc=f"{name}: questions", mininterval=5)
+    questions = (question_batches(processor, seed, args.questions) for seed in seeds)
+    return [[prepare(llava, batch, kind) for kind, batch in batches.items()] for batches in questions]
+
+
 def measure(name: str, folder: Path, args, record: dict, wanted: Collection[str] | None = None) -> None:
     """All cells of the LLaVA in `folder` that are not there yet, or those of the methods `wanted`."""
     result = record["models"].setdefault(name, {"prompt_lengths": {}, "cells": {}})
-    cells, seeds = result["cells"], range(args.seeds)
+    cells = result["cells"]
     processor = AutoProcessor.from_pretrained(folder)
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     check_weights(args.output, result, llava, folder)
     found = methods(llava.config.text_config.num_hidden_layers)
-    found = {key: found[key] for key in (found if wanted is None else wanted)}
-    missing = {key: method for key, method in found.items() if any(str(s) not in cells.get(key, {}) for s in seeds)}
+    missing = find_missing({key: found[key] for key in (found if wanted is None else wanted)}, [cells], args.seeds)
     if not missing:
         return
 
@@ -508,11 +524,8 @@ def measure(name: str, folder: Path, args, record: dict, wanted: Collection[str]
                 used.append(stated)
         write_record(args.output, record, indent=1)
 
-    held_out = []
-    for seed in tqdm(seeds, desc=f"{name}: questions", mininterval=5):
-        batches = question_batches(processor, seed, args.questions)
-        held_out.append([prepare(llava, batch, kind) for kind, batch in batches.items()])
-        result["prompt_lengths"][str(seed)] = prompt_lengths(held_out[-1])
+    held_out = held_out_batches(name, llava, processor, args)
+    result["prompt_lengths"] |= {str(seed): prompt_lengths(batches) for seed, batches in enumerate(held_out)}
     measure_baselines(folder, missing, held_out, cells, save)
     trained = {key: method for key, method in missing.items() if isinstance(method, TrainedLast)}
     num_batches = -(-args.pool // LONG_BATCH)

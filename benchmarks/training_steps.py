@@ -44,33 +44,28 @@ SETTINGS = ("questions", "batch_size", "learning_rate", "pool", "loss")
 
 def measure(name: str, args, record: dict) -> None:
     """All cells of one of the embedded LLaVAs that are not there yet."""
-    folder, seeds = ROOT / "examples" / name, range(args.seeds)
+    folder = ROOT / "examples" / name
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     result = record["models"].setdefault(name, {"cells": {}})
     check_weights(args.output, result, llava, folder)
     cells = {steps: result["cells"].setdefault(str(steps), {}) for steps in args.steps}
     found = quality.methods(llava.config.text_config.num_hidden_layers)
-    found = {
-        key: found[key]
-        for key in STUDIED[name]
-        if any(str(seed) not in by_method.get(key, {}) for by_method in cells.values() for seed in seeds)
-    }
-    if not found:
+    missing = quality.find_missing({key: found[key] for key in STUDIED[name]}, cells.values(), args.seeds)
+    if not missing:
         return
 
     def save() -> None:
         write_record(args.output, record, indent=1)
 
     processor, num_batches = AutoProcessor.from_pretrained(folder), -(-args.pool // LONG_BATCH)
-    questions = [quality.question_batches(processor, seed, args.questions) for seed in seeds]
-    held_out = [[quality.prepare(llava, batch, kind) for kind, batch in batches.items()] for batches in questions]
+    held_out = quality.held_out_batches(name, llava, processor, args)
     quality.measure_baselines(folder, {"dense": ()}, held_out, result.setdefault("untrained", {}), save)
-    if routings := [method for method in found.values() if isinstance(method, Routing)]:
+    if routings := [method for method in missing.values() if isinstance(method, Routing)]:
         layers = {routing.saturation_layer for routing in routings}
         pool = quality.training_batches(llava, processor, num_batches, layers=layers)
         for routing in routings:
             quality.measure_routings(folder, [routing], held_out, pool, args, cells, save)
-    if baselines := {key: method for key, method in found.items() if isinstance(method, TrainedLast)}:
+    if baselines := {key: method for key, method in missing.items() if isinstance(method, TrainedLast)}:
         layers = {method.stages[0].layer for method in baselines.values()}  # of stages that rank nothing
         pool = quality.training_batches(llava, processor, num_batches, each_alone=True, layers=layers)
         quality.measure_trained_baselines(folder, baselines, held_out, pool, args, cells, save)
