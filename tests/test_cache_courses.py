@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import row_logits
-from tiny import IMAGE, make_batch, make_dpvr
+from tiny import CROPPED_CACHES, IMAGE, make_batch, make_dpvr
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import StaticLayer
 
 ROWS = 3
 COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -20,7 +19,6 @@ steps = st.tuples(st.just("call"), st.just(["t"] * ROWS), st.just("left"), st.in
 crops = st.tuples(st.just("crop"), st.floats(0, 1))
 orders = st.tuples(st.just("reorder"), st.lists(st.integers(0, ROWS - 1), min_size=ROWS, max_size=ROWS))
 courses = st.lists(st.one_of(calls, steps, crops, orders, st.tuples(st.just("copy"))), min_size=2, max_size=6)
-caches = ["dynamic", *(["static"] if hasattr(StaticLayer, "crop") else [])]  # since transformers 5.24
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +78,7 @@ class Conversation:
         self.features = self.features[rows, columns]
 
 
-@pytest.mark.parametrize("kind", caches)
+@pytest.mark.parametrize("kind", CROPPED_CACHES)
 @settings(max_examples=30)
 @given(course=courses, geometry=st.sampled_from(GEOMETRIES))
 def test_any_course_of_calls_crops_reorderings_and_copies_gives_the_oracles_logits(models, kind, course, geometry):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from oracle import batch_logits
 from safetensors.torch import save_file
 from tiny import (
+    CROPPED_CACHES,
     FIRST_TEXT,
     IMAGE,
     LLAVA_FIELDS,
@@ -50,7 +51,7 @@ from transformers import (
     Siglip2VisionConfig,
     StaticCache,
 )
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.caches import CACHE
@@ -429,10 +430,7 @@ def test_a_second_call_and_a_second_model_change_nothing(model):
     assert torch.equal(model(**batch).logits, first)
 
 
-cache_kinds = ["dynamic", *(["static"] if hasattr(StaticLayer, "crop") else [])]  # since transformers 5.24
-
-
-@pytest.mark.parametrize("kind", cache_kinds)
+@pytest.mark.parametrize("kind", CROPPED_CACHES)
 @settings(max_examples=60)
 @given(data=st.data(), rows=rows_of_a_batch, side=sides, seed=st.integers(0, 9))
 def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(model, kind, data, rows, side, seed):
@@ -467,7 +465,7 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(model, kind, da
                 assert_close(actual[is_token], expected[:, kept:][is_token])
 
 
-@pytest.mark.parametrize("kind", cache_kinds)
+@pytest.mark.parametrize("kind", CROPPED_CACHES)
 @pytest.mark.parametrize("num_side_layers", [0, 1])
 def test_an_image_after_a_crop_sees_nothing_of_what_was_cropped(kind, num_side_layers):
     model = make_dpvr(num_side_layers=num_side_layers)
@@ -487,7 +485,7 @@ def test_an_image_after_a_crop_sees_nothing_of_what_was_cropped(kind, num_side_l
         assert_close(cropped, logits([]))
 
 
-@pytest.mark.parametrize("kind", cache_kinds)
+@pytest.mark.parametrize("kind", CROPPED_CACHES)
 def test_a_crop_after_which_rows_hold_unequal_numbers_of_a_kind_leaves_no_slot_to_see(model, kind):
     """Nothing but the crop tells of it: rows were of one length, and no mask comes with them."""
     static, text = {"config": model.config.text_config, "max_cache_len": 20}, torch.tensor([[9], [10]])

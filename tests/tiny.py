@@ -3,6 +3,7 @@
 import torch
 from conftest import ROOT
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.cache_utils import StaticLayer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 DPVRConfig = get_class_from_dynamic_module("configuration_dpvr.DPVRConfig", str(ROOT))
@@ -11,6 +12,7 @@ DPVRForConditionalGeneration = get_class_from_dynamic_module("modeling_dpvr.DPVR
 PAD, IMAGE, FIRST_TEXT, VOCABULARY = 0, 5, 6, 99
 TOKENS_PER_IMAGE = 4
 NUM_LAYERS = 6
+CROPPED_CACHES = ["dynamic", *(["static"] if hasattr(StaticLayer, "crop") else [])]  # since transformers 5.24
 
 LLAVA_FIELDS = {
     "image_token_id": IMAGE,
