@@ -304,11 +304,15 @@ def training_batches(
 # Answers
 
 
+def first_layer(stages: tuple[baselines.Stage, ...]) -> int:
+    """Where these leave the dense model."""
+    return min(stages[0].ranking_layer, stages[0].layer) if stages[0].ranks else stages[0].layer
+
+
 def decoder_arguments(model: PrunedLlava, batch: Prepared) -> tuple:
     """Those of `PrunedLlavaModel.run_layers`, which goes on from where the first of its stages leaves the dense
     model."""
-    stage = model.stages[0]
-    first = min(stage.ranking_layer, stage.layer) if stage.ranks else stage.layer
+    first = first_layer(model.stages)
     cache = DynamicCache(config=model.config.text_config)
     return batch.states[first].float(), batch.is_vision, batch.attention_mask, None, cache, batch.last_column, first
 
@@ -587,6 +591,12 @@ def family_of(name: str) -> str:
     return f"{first}, {LAST}" if rest and rest[-1] == LAST else first
 
 
+def setting_of(name: str) -> str:
+    """Of the name of a method that drops or routes: the layer, and what else its authors leave open."""
+    family, setting, *rest = name.removesuffix(f"/{LAST}").split("/")
+    return setting if family == "dpvr" else "/".join([setting, *rest])
+
+
 def summarize(record: dict) -> list[Entry]:
     """All methods of all LLaVAs."""
     entries = []
@@ -709,9 +719,7 @@ def cheapest(record: dict) -> str:
                 row += ["none", "", ""]
                 continue
             entry, kept = pair
-            setting = entry.name.split("/", 1)[1].removesuffix(f"/{LAST}")
-            setting = setting.split("/")[0] if entry.family.startswith("dpvr") else setting
-            row += [setting, f"{100 * getattr(entry, cost):.1f}", percent(kept)]
+            row += [setting_of(entry.name), f"{100 * getattr(entry, cost):.1f}", percent(kept)]
         rows.append(row)
     costs = [name for cost in ("FLOPs", "KV") for name in (f"fewest {cost}: setting", f"{cost} %", "of dense %")]
     return markdown(["LLaVA", "method", *costs], rows)

@@ -4,7 +4,7 @@
 """
 Would more training help? Accuracy after more steps, where after those of `quality.py` something was still missing.
 
-DPVR's side branch alone, DPVR whose fusion layer trains too, and VTW whose last layer trains, each at layers where it
+DPVR's side branch alone, DPVR whose fusion layer trains too, and the baselines whose last layer trains, each where it
 keeps less than dense LLaVA. Each number of steps is a training of its own, with a learning rate that falls to nothing
 at its end. All draw from one pool of conversations, larger than that of `quality.py`, so that more steps see more.
 
@@ -31,12 +31,24 @@ from scripts.train_tiny_llava import LONG_BATCH, versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "training_steps.json"
 STUDIED = {  # by LLaVA; names as of `quality.methods`
-    "tiny-llava": ("dpvr/2/trained", "dpvr/3/trained", "dpvr/1/trained with fusion", f"vtw/3/{LAST}"),
+    "tiny-llava": (
+        "dpvr/2/trained",
+        "dpvr/3/trained",
+        "dpvr/1/trained with fusion",
+        "dpvr/1/trained with fusion/no side layers",
+        f"vtw/2/{LAST}",
+        f"vtw/3/{LAST}",
+        f"fastv/2/0.5/{LAST}",
+        f"pyramid/2-4-6/0.5/{LAST}",
+    ),
     "tiny-llava-12": (
         "dpvr/4/trained",
         "dpvr/1/trained with fusion",
         "dpvr/1/trained with fusion/no side layers",
         "dpvr/2/trained with fusion",
+        f"vtw/3/{LAST}",
+        f"fastv/3/0.5/{LAST}",
+        f"pyramid/3-6-9/0.5/{LAST}",
     ),
 }
 SETTINGS = ("questions", "batch_size", "learning_rate", "pool", "loss")
@@ -66,7 +78,7 @@ def measure(name: str, args, record: dict) -> None:
         for routing in routings:
             quality.measure_routings(folder, [routing], held_out, pool, args, cells, save)
     if baselines := {key: method for key, method in missing.items() if isinstance(method, TrainedLast)}:
-        layers = {method.stages[0].layer for method in baselines.values()}  # of stages that rank nothing
+        layers = {quality.first_layer(method.stages) for method in baselines.values()}
         pool = quality.training_batches(llava, processor, num_batches, each_alone=True, layers=layers)
         quality.measure_trained_baselines(folder, baselines, held_out, pool, args, cells, save)
 
@@ -79,9 +91,9 @@ def table(record: dict) -> str:
         for method in STUDIED[name]:
             measured = [result["cells"].get(str(steps), {}).get(method, {}) for steps in lengths]
             shown = [percent(over_kinds(by_seed)) if by_seed else "" for by_seed in measured]
-            described = [method.split("/")[1], labels[quality.family_of(method)]]
+            described = [quality.setting_of(method), labels[quality.family_of(method)]]
             rows.append([name, *described, *shown, percent(over_kinds(result["untrained"]["dense"]))])
-    return markdown(["LLaVA", "layer", "method", *(f"{steps:,} steps" for steps in lengths), "dense LLaVA"], rows)
+    return markdown(["LLaVA", "setting", "method", *(f"{steps:,} steps" for steps in lengths), "dense LLaVA"], rows)
 
 
 def over_kinds(by_seed: dict[str, dict[str, float]]) -> np.ndarray:
