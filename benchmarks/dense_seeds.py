@@ -24,9 +24,11 @@ from transformers import AutoConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks import quality
+from benchmarks import quality, quality_methods, quality_report
 from benchmarks.command import GOES_ON, check_output, read_record, run_command
-from benchmarks.quality import BY_LAYER, LAST, SETTINGS, Entry, percent
+from benchmarks.quality import SETTINGS
+from benchmarks.quality_methods import LAST
+from benchmarks.quality_report import BY_LAYER, Entry, percent
 from benchmarks.side_branch_seeds import read_results
 from benchmarks.tables import markdown
 
@@ -37,7 +39,7 @@ RECIPE = ("tower_steps", "text_steps", "steps", "layers", "hidden_size")  # of a
 TRAINED = {  # what is trained, where it may be the cheapest to keep as much
     f"vtw/{{}}/{LAST}": (3, 4),
     f"fastv/4/{{}}/{LAST}": (0.5, 0.75, 0.9),
-    f"pyramid/4-5-6/{{}}/{LAST}": quality.PYRAMID_SHARES,
+    f"pyramid/4-5-6/{{}}/{LAST}": quality_methods.PYRAMID_SHARES,
     "dpvr/{}/trained": (2, 3, 4, 5, 6),
     "dpvr/{}/trained with fusion": (1, 2, 3, 4),
     "dpvr/{}/trained with fusion/no side layers": (1, 2, 3),
@@ -46,7 +48,8 @@ TRAINED = {  # what is trained, where it may be the cheapest to keep as much
 
 def method_names() -> list[str]:
     """All of `quality.py` that train nothing, and `TRAINED`."""
-    names = [name for name in quality.methods(NUM_LAYERS) if "trained" not in name or name.endswith("/untrained")]
+    found = quality_methods.methods(NUM_LAYERS)
+    names = [name for name in found if "trained" not in name or name.endswith("/untrained")]
     return names + [pattern.format(value) for pattern, values in TRAINED.items() for value in values]
 
 
@@ -57,15 +60,15 @@ def read_training(folder: Path) -> tuple[int | None, dict]:
 
 
 def summarize(record: dict) -> list[Entry]:
-    config = AutoConfig.from_pretrained(TINY)
-    return [e for model, result in record["models"].items() for e in quality.summarize_model(model, result, config)]
+    config, results = AutoConfig.from_pretrained(TINY), record["models"].items()
+    return [entry for result in results for entry in quality_report.summarize_model(*result, config)]
 
 
 def table(record: dict) -> str:
-    """What each method costs at least in each LLaVA, in FLOPs, where it keeps as much as `quality.KEPT` says; none
-    where it does in no setting that was measured."""
-    settings, models, rows = quality.cheapest_settings(summarize(record)), list(record["models"]), []
-    for method in quality.EQUAL:
+    """What each method costs at least in each LLaVA, in FLOPs, where it keeps as much as `quality_report.KEPT` says;
+    none where it does in no setting that was measured."""
+    settings, models, rows = quality_report.cheapest_settings(summarize(record)), list(record["models"]), []
+    for method in quality_report.EQUAL:
         pairs = [settings[model, method][0] for model in models]
         costs = np.array([np.nan if pair is None else pair[0].flops for pair in pairs])
         shown = ["none" if np.isnan(cost) else f"{100 * cost:.0f}" for cost in costs]
@@ -75,7 +78,7 @@ def table(record: dict) -> str:
 
 def costs_in_llava(record: dict) -> str:
     """What these settings would cost LLaVA-1.5-7B at the same shares of its depth."""
-    return quality.costs_at_llavas_depth(summarize(record), dict.fromkeys(record["models"], NUM_LAYERS))
+    return quality_report.costs_at_llavas_depth(summarize(record), dict.fromkeys(record["models"], NUM_LAYERS))
 
 
 def by_layer(record: dict) -> str:

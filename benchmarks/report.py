@@ -5,7 +5,8 @@
 
 A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. NAME is one of `TABLES`, or of a benchmark:
 `speed` is `table(record)` of `benchmarks/speed.py`, `speed.parts` its `parts(record)`; both get what
-`benchmarks/results/speed.json` holds and return Markdown. `speed-batch` is the same of `speed_batch.json`.
+`benchmarks/results/speed.json` holds and return Markdown. `speed-batch` is the same of `speed_batch.json`. Those of
+`REPORTS` are functions of a module of their own.
 
 A figure within a sentence stands between `<!-- value:PATH -->` and `<!-- /value -->`. PATH is the name of a file in
 `benchmarks/results` and the keys and list positions in it, joined by full stops, with a Python format after a bar:
@@ -49,6 +50,7 @@ TABLE = re.compile(r"(<!-- begin:(?P<name>[^ ]+) -->\n)(?P<content>.*?)(<!-- end
 VALUE = re.compile(
     r"(<!-- value:(?P<path>[^|]+?)(?:\|(?P<format>[^ ]+))? -->)(?P<content>.*?)(<!-- /value -->)", re.DOTALL
 )
+REPORTS = {"quality": "quality_report"}  # by benchmark
 MARKER = re.compile(r"<!-- (?:begin:|end:|value:|/value).*?-->")
 
 
@@ -174,7 +176,9 @@ def make_table(name: str) -> str:
     benchmark = results.partition("-")[0]
     record = read(RESULTS / f"{results.replace('-', '_')}.json", f"table {name}")
     try:
-        function = getattr(importlib.import_module(f"benchmarks.{benchmark}"), function_name or "table")
+        function = getattr(
+            importlib.import_module(f"benchmarks.{REPORTS.get(benchmark, benchmark)}"), function_name or "table"
+        )
     except (ModuleNotFoundError, AttributeError) as error:
         raise ReportError(
             f"The page shows table {name}, which is neither in TABLES nor a benchmark's: {error}."

@@ -178,14 +178,14 @@ def default_settings(args) -> dict[str, Routed | tuple]:
 def equal_settings(llava: str, num_layers: int) -> dict[str, Routed | tuple]:
     """Where each method of `quality.py` keeps 99 % of the accuracy of an embedded LLaVA for the fewest FLOPs, at the
     same shares of the depth; what is computed alike, because only its training differs, stands there once."""
-    from benchmarks import quality
+    from benchmarks import quality, quality_methods, quality_report
 
     record, found = read_record(quality.RESULTS, ("models",)), {}
-    entries, own = quality.summarize(record), quality.depths(record)[llava]
-    for name, (setting, _) in quality.settings_at_depth(entries, llava, own, num_layers).items():
-        if isinstance(setting, quality.Routing):
+    entries, own = quality_report.summarize(record), quality_report.depths(record)[llava]
+    for name, (setting, _) in quality_report.settings_at_depth(entries, llava, own, num_layers).items():
+        if isinstance(setting, quality_methods.Routing):
             setting = Routed(setting.saturation_layer, setting.num_side_layers)
-        elif isinstance(setting, quality.TrainedLast):
+        elif isinstance(setting, quality_methods.TrainedLast):
             setting = setting.stages
         if setting is not None and setting not in found.values():
             found[f"{name} ({describe(setting)})"] = setting

@@ -22,15 +22,16 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks import quality
+from benchmarks import quality, quality_methods, quality_report
 from benchmarks.command import GOES_ON, check_output, run_command, write_record
-from benchmarks.quality import LAST, Routing, TrainedLast, percent
+from benchmarks.quality_methods import LAST, Routing, TrainedLast
+from benchmarks.quality_report import percent
 from benchmarks.side_branch_seeds import check_weights, read_results
 from benchmarks.tables import markdown
 from scripts.train_tiny_llava import LONG_BATCH, versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "training_steps.json"
-STUDIED = {  # by LLaVA; names as of `quality.methods`
+STUDIED = {  # by LLaVA; names as of `quality_methods.methods`
     "tiny-llava": (
         "dpvr/2/trained",
         "dpvr/3/trained",
@@ -61,7 +62,7 @@ def measure(name: str, args, record: dict) -> None:
     result = record["models"].setdefault(name, {"cells": {}})
     check_weights(args.output, result, llava, folder)
     cells = {steps: result["cells"].setdefault(str(steps), {}) for steps in args.steps}
-    found = quality.methods(llava.config.text_config.num_hidden_layers)
+    found = quality_methods.methods(llava.config.text_config.num_hidden_layers)
     missing = quality.find_missing({key: found[key] for key in STUDIED[name]}, cells.values(), args.seeds)
     if not missing:
         return
@@ -86,12 +87,12 @@ def measure(name: str, args, record: dict) -> None:
 def table(record: dict) -> str:
     """Right answers in percent, the mean of all kinds, a column for each number of steps, beside dense LLaVA's."""
     lengths = sorted({int(steps) for result in record["models"].values() for steps in result["cells"]})
-    labels, rows = {family: label for label, family in quality.EQUAL.items()}, []
+    labels, rows = {family: label for label, family in quality_report.EQUAL.items()}, []
     for name, result in record["models"].items():
         for method in STUDIED[name]:
             measured = [result["cells"].get(str(steps), {}).get(method, {}) for steps in lengths]
             shown = [percent(over_kinds(by_seed)) if by_seed else "" for by_seed in measured]
-            described = [quality.setting_of(method), labels[quality.family_of(method)]]
+            described = [quality_report.setting_of(method), labels[quality_report.family_of(method)]]
             rows.append([name, *described, *shown, percent(over_kinds(result["untrained"]["dense"]))])
     return markdown(["LLaVA", "setting", "method", *(f"{steps:,} steps" for steps in lengths), "dense LLaVA"], rows)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmarks import dense_seeds, quality
-from benchmarks.quality import Entry
+from benchmarks import dense_seeds, quality, quality_methods
+from benchmarks.quality_report import Entry
 
 TINY = ROOT / "examples" / "tiny-llava"
 SETTINGS = ["--questions", "1", "--steps", "1", "--pool", "16", "--batch-size", "2", "--seeds", "1"]
@@ -32,7 +32,7 @@ def entry(model: str, name: str, flops: float, accuracy: float) -> Entry:
 
 
 def test_every_llava_has_the_values_that_quality_gives_it(other, tmp_path, monkeypatch, capsys):
-    names = ["dense", "vtw/4", f"vtw/4/{quality.LAST}", "dpvr/4/untrained", "dpvr/4/trained"]
+    names = ["dense", "vtw/4", f"vtw/4/{quality_methods.LAST}", "dpvr/4/untrained", "dpvr/4/trained"]
     monkeypatch.setattr(dense_seeds, "method_names", lambda: names)
     output = tmp_path / "dense_seeds.json"
     assert dense_seeds.main([str(TINY), str(other), *SETTINGS, "--output", str(output)]) == 0
@@ -50,7 +50,7 @@ def test_every_llava_has_the_values_that_quality_gives_it(other, tmp_path, monke
 
 
 def test_all_that_trains_nothing_is_asked_and_what_is_named_of_the_rest():
-    names, found = dense_seeds.method_names(), quality.methods(8)
+    names, found = dense_seeds.method_names(), quality_methods.methods(8)
     trains = [name for name in names if "trained" in name and "untrained" not in name]
     assert trains == [pattern.format(v) for pattern, values in dense_seeds.TRAINED.items() for v in values]
     assert not set(names) - set(found)

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""benchmarks/quality.py: its short cuts give what plain generation gives, its report says what is there."""
+"""benchmarks/quality.py, with quality_methods.py and quality_report.py: its short cuts give what plain generation
+gives, its report says what is there."""
 
 import json
 import sys
@@ -11,9 +12,10 @@ import torch
 from conftest import ROOT
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
-from benchmarks import accounting, quality
+from benchmarks import accounting, quality, quality_methods, quality_report
 from benchmarks.baselines import PrunedLlava, fastv, prefill_loads, pyramid_drop, vtw
-from benchmarks.quality import Entry, Routing, TrainedLast
+from benchmarks.quality_methods import Routing, TrainedLast
+from benchmarks.quality_report import Entry
 from configuration_dpvr import DPVRConfig
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -92,7 +94,7 @@ def test_in_the_side_branch_a_vision_token_sees_what_the_variant_says(prepared, 
     changed = states.clone()
     changed[:, 7] += 1
     unmasked = {"earlier vision tokens": slice(7, None), "all vision tokens": slice(None), "itself alone": slice(7, 8)}
-    assert unmasked.keys() == quality.SEEN.keys()
+    assert unmasked.keys() == quality_methods.SEEN.keys()
     for sees, columns in unmasked.items():
         before, after = side_states(sees)
         changes = (before != after).any(-1)
@@ -100,7 +102,7 @@ def test_in_the_side_branch_a_vision_token_sees_what_the_variant_says(prepared, 
         assert changes.sum() == changes[:, columns].numel()
     staged = quality.load_routed(TINY, Routing(3, "untrained"), tmp_path)
     _, vision, _ = staged.plan_vision(features)
-    _, masked = quality.set_mask(quality.SEEN[Routing.sees], staged.core.side_branch, (states, vision))
+    _, masked = quality.set_mask(quality_methods.SEEN[Routing.sees], staged.core.side_branch, (states, vision))
     run = staged.core.side_branch
     torch.testing.assert_close(run(states, masked), run(states, vision))
 
@@ -140,8 +142,8 @@ def test_the_last_layer_that_trains_starts_as_the_baseline_itself(name, pruned, 
 
 
 def test_the_last_layer_trains_of_llava_and_of_baselines_that_drop_by_half_of_the_depth():
-    trained = {name for name, method in quality.methods(8).items() if isinstance(method, TrainedLast)}
-    names = {name.removesuffix(f"/{quality.LAST}") for name in trained}
+    trained = {name for name, method in quality_methods.methods(8).items() if isinstance(method, TrainedLast)}
+    names = {name.removesuffix(f"/{quality_methods.LAST}") for name in trained}
     assert {"dense", "vtw/1", "vtw/4", "fastv/4/0.9", "pyramid/4-5-6/0.25"} <= names
     assert not names & {"vtw/5", "fastv/6/0.5"}
     assert not any("all ask" in name for name in names)
@@ -181,9 +183,10 @@ def test_a_baselines_last_layer_learns_and_every_seed_starts_from_llavas(llava, 
 
 
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
-    found = {"dense": (), "vtw/6": vtw(6), f"vtw/6/{quality.LAST}": TrainedLast(vtw(6))}
-    found |= {f"dpvr/6/{training}": Routing(6, training) for training in (*quality.TRAININGS, quality.LORA)}
-    monkeypatch.setattr(quality, "methods", lambda num_layers: found)
+    found = {"dense": (), "vtw/6": vtw(6), f"vtw/6/{quality_methods.LAST}": TrainedLast(vtw(6))}
+    trainings = (*quality_methods.TRAININGS, quality_methods.LORA)
+    found |= {f"dpvr/6/{training}": Routing(6, training) for training in trainings}
+    monkeypatch.setattr(quality_methods, "methods", lambda num_layers: found)
     output = tmp_path / "quality.json"
     arguments = ["--models", "tiny-llava", "--questions", "1", "--steps", "1", "--pool", "16", "--batch-size", "2"]
     arguments += ["--output", str(output)]  # the figure lies beside it
@@ -201,7 +204,7 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     assert again["dense"]["0"].keys() == set(task.KINDS)
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert "| tiny-llava | vtw/6 |" in capsys.readouterr().out
-    assert len(quality.by_layer(json.loads(output.read_text())).splitlines()) == 3
+    assert len(quality_report.by_layer(json.loads(output.read_text())).splitlines()) == 3
     record = json.loads(output.read_text())
     assert record["models"]["tiny-llava"]["measured_with"].keys() == found.keys()
     record["models"]["tiny-llava"]["weights"] = "of another model"
@@ -221,7 +224,7 @@ def test_loras_first_matrices_follow_from_the_seed_alone(tmp_path):
     runs = []
     for global_seed in range(2):
         torch.manual_seed(global_seed)
-        staged = quality.load_routed(TINY, Routing(6, quality.LORA), tmp_path)
+        staged = quality.load_routed(TINY, Routing(6, quality_methods.LORA), tmp_path)
         runs.append((drawn(0), drawn(1)))
     (first, second), (again, _) = runs
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -238,15 +241,15 @@ def test_pareto_front_by_hand():
     cheap = entry("vtw/1", 0.5, 0.7, [0.4, 0.6])
     better = entry("dpvr/1/trained", 0.5, 0.8, [0.8, 0.9])
     rows = [dense, cheap, better]
-    assert quality.better(cheap, rows, "flops", "all") is better  # as cheap, more accurate
-    assert quality.better(cheap, rows, "kv_bytes", "all") is None
-    assert quality.better(better, rows, "flops", "all") is None
-    assert quality.better(dense, rows, "flops", "all") is None
+    assert quality_report.better(cheap, rows, "flops", "all") is better  # as cheap, more accurate
+    assert quality_report.better(cheap, rows, "kv_bytes", "all") is None
+    assert quality_report.better(better, rows, "flops", "all") is None
+    assert quality_report.better(dense, rows, "flops", "all") is None
     twin = entry("fastv/1/0.5", 0.5, 0.7, [0.4, 0.6])
-    assert quality.better(cheap, [*rows, twin], "kv_bytes", "all") is None  # a twin does not dominate
-    text = quality.verdict(rows)
+    assert quality_report.better(cheap, [*rows, twin], "kv_bytes", "all") is None  # a twin does not dominate
+    text = quality_report.verdict(rows)
     assert "m, DPVR trained, all by flops: 1 of 1 on the front" in text
-    assert "| m | vtw/1 | 50.0 | 70.0 | 50.0 ±" in quality.table(rows)
+    assert "| m | vtw/1 | 50.0 | 70.0 | 50.0 ±" in quality_report.table(rows)
 
 
 def test_the_cheapest_setting_that_keeps_as_much_by_hand(monkeypatch):
@@ -260,34 +263,34 @@ def test_the_cheapest_setting_that_keeps_as_much_by_hand(monkeypatch):
         entry("dpvr/2/trained with fusion", 0.6, 0.6, [0.9, 0.99]),
         entry("dpvr/1/trained with fusion/2 fusion layers", 0.1, 0.1, [1.0, 1.0]),
     ]
-    monkeypatch.setattr(quality, "summarize", lambda record: entries)
-    rows = [line.strip("| ").split(" | ") for line in quality.cheapest({"models": {"m": {}}}).splitlines()[2:]]
+    monkeypatch.setattr(quality_report, "summarize", lambda record: entries)
+    rows = [line.strip("| ").split(" | ") for line in quality_report.cheapest({"models": {"m": {}}}).splitlines()[2:]]
     found = {row[1]: row for row in rows}
     assert [found["VTW"][i] for i in (2, 3, 5, 6)] == ["4", "70.0", "5", "70.0"]
     assert found["VTW, last layer trained"][2] == "4"
     assert found["FastV"][2].strip() == "none"  # the mean is too low
     assert found["DPVR, fusion layer trained too"][2:4] == ["2", "60.0"]
     assert found["DPVR, fusion layer trained too"][4].startswith("99.5")
-    short = quality.costs_at_equal_accuracy({"models": {"m": {}}}).splitlines()
+    short = quality_report.costs_at_equal_accuracy({"models": {"m": {}}}).splitlines()
     assert "| VTW | 70 | 70 |" in short
     assert "| FastV | none | none |" in short
 
 
 def test_costs_are_shares_of_the_dense_model(llava):
     lengths = {40: 3, 60: 1}
-    assert quality.relative_cost(llava.config, (), lengths) == (1, 1)
-    shares = [quality.relative_cost(llava.config, vtw(layer), lengths) for layer in range(1, 9)]
+    assert quality_methods.relative_cost(llava.config, (), lengths) == (1, 1)
+    shares = [quality_methods.relative_cost(llava.config, vtw(layer), lengths) for layer in range(1, 9)]
     assert shares == sorted(shares)
     assert shares[-1] == (1, 1)
     # 36 vision tokens leave 8 layers after the fourth: of 45 text tokens on average, 36 / 81 of half of all bytes
     assert shares[3][1] == pytest.approx(1 - 36 / 81 / 2)
-    routed = quality.relative_cost(llava.config, Routing(4, "trained"), lengths)
+    routed = quality_methods.relative_cost(llava.config, Routing(4, "trained"), lengths)
     assert shares[3][0] < routed[0] < 1
     assert routed[1] == pytest.approx(1 - 36 / 81 * 3 / 8)
     # training costs nothing later
-    assert quality.relative_cost(llava.config, TrainedLast(vtw(4)), lengths) == shares[3]
+    assert quality_methods.relative_cost(llava.config, TrainedLast(vtw(4)), lengths) == shares[3]
     # five layers of vision and a side branch against five layers: the last one's keys and values are what is left
-    beside = quality.relative_cost(llava.config, vtw(5), lengths)
+    beside = quality_methods.relative_cost(llava.config, vtw(5), lengths)
     assert routed[1] == beside[1]
     assert beside[0] < routed[0] < beside[0] + 0.05
 
@@ -297,25 +300,25 @@ def test_every_method_of_the_larger_model_has_a_cost(llava):
         **{**llava.config.to_dict(), "text_config": {**llava.config.text_config.to_dict()}}
     )
     llava_config.text_config.num_hidden_layers = 12
-    for name, method in quality.methods(12).items():
-        flops, held = quality.relative_cost(llava_config, method, {50: 1})
+    for name, method in quality_methods.methods(12).items():
+        flops, held = quality_methods.relative_cost(llava_config, method, {50: 1})
         assert 0 < flops <= 1.1, name
         assert 0 < held <= 1.1, name
 
 
 def test_settings_keep_their_share_of_another_depth():
-    moved = [quality.at_depth_share(method, 8, 32) for method in (vtw(5), fastv(4, 0.9), Routing(1, "trained"))]
+    moved = [quality_report.at_depth_share(method, 8, 32) for method in (vtw(5), fastv(4, 0.9), Routing(1, "trained"))]
     assert moved == [vtw(20), fastv(16, 0.9), Routing(4, "trained")]
-    assert quality.at_depth_share(pyramid_drop((4, 5, 6), 0.25), 8, 32) == pyramid_drop((16, 20, 24), 0.25)
-    assert quality.at_depth_share(TrainedLast(vtw(4)), 12, 32) == TrainedLast(vtw(11))  # 10.7: the next layer
-    assert quality.at_depth_share((), 8, 32) == ()
+    assert quality_report.at_depth_share(pyramid_drop((4, 5, 6), 0.25), 8, 32) == pyramid_drop((16, 20, 24), 0.25)
+    assert quality_report.at_depth_share(TrainedLast(vtw(4)), 12, 32) == TrainedLast(vtw(11))  # 10.7: the next layer
+    assert quality_report.at_depth_share((), 8, 32) == ()
 
 
 def test_costs_in_llava_are_those_of_its_own_formulas(monkeypatch):
     entries = [Entry("tiny-llava", *x, {"all": np.ones(2)}) for x in (("dense", 1.0, 1.0), ("vtw/5", 0.8, 0.8))]
     entries.append(Entry("tiny-llava", "dpvr/4/trained", 0.7, 0.9, {"all": np.ones(2)}))
-    monkeypatch.setattr(quality, "summarize", lambda record: entries)
-    rows = quality.costs_in_llava({"models": {"tiny-llava": {}}}).splitlines()
+    monkeypatch.setattr(quality_report, "summarize", lambda record: entries)
+    rows = quality_report.costs_in_llava({"models": {"tiny-llava": {}}}).splitlines()
     config = DPVRConfig(saturation_layer=16)
     dense = accounting.dense_config(config)
     held = [sum(accounting.cache_bytes(each, 576, 64).values()) for each in (config, dense)]

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from benchmarks import quality, training_steps
+from benchmarks import quality, quality_methods, training_steps
 
-METHODS = ("dpvr/3/trained", f"vtw/3/{quality.LAST}", f"fastv/4/0.5/{quality.LAST}")
+METHODS = ("dpvr/3/trained", f"vtw/3/{quality_methods.LAST}", f"fastv/4/0.5/{quality_methods.LAST}")
 SETTINGS = ["--models", "tiny-llava", "--questions", "1", "--pool", "16", "--batch-size", "2", "--seeds", "1"]
 
 
@@ -27,8 +27,8 @@ def test_each_number_of_steps_gives_the_weights_that_quality_trains_in_so_many(s
     output, single = tmp_path / "steps.json", tmp_path / "quality.json"
     assert training_steps.main([*SETTINGS, "--steps", "1", "3", "--output", str(output)]) == 0
     cells = json.loads(output.read_text())["models"]["tiny-llava"]["cells"]
-    found = {name: quality.methods(8)[name] for name in ("dense", *METHODS)}
-    monkeypatch.setattr(quality, "methods", lambda num_layers: found)
+    found = {name: quality_methods.methods(8)[name] for name in ("dense", *METHODS)}
+    monkeypatch.setattr(quality_methods, "methods", lambda num_layers: found)
     monkeypatch.setattr(sys, "argv", ["quality.py", *SETTINGS, "--steps", "3", "--output", str(single)])
     assert quality.main() == 0
     expected = json.loads(single.read_text())["models"]["tiny-llava"]["cells"]
@@ -65,4 +65,4 @@ def test_the_table_has_means_over_kinds_and_intervals_over_seeds_by_hand(studied
 
 def test_every_method_that_is_studied_is_one_of_quality():
     for layers, name in ((8, "tiny-llava"), (12, "tiny-llava-12")):
-        assert set(training_steps.STUDIED[name]) <= set(quality.methods(layers))
+        assert set(training_steps.STUDIED[name]) <= set(quality_methods.methods(layers))
