@@ -5,6 +5,7 @@
 import argparse
 import json
 import math
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -21,12 +22,16 @@ NOTHING = "nothing was written"
 
 
 def run_command(main: Callable[[], int | None], kept: str) -> int:
-    """The exit status of a command; of an interrupted one 130, with a line that says what was kept."""
+    """The exit status of a command; of an interrupted one, by Ctrl-C or SIGTERM, 130, with a line that says what was
+    kept."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which temporary folders go, too
     try:
         return main() or 0
     except KeyboardInterrupt:
         print(f"\ninterrupted; {kept}", file=sys.stderr)  # below a progress bar
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def usable_device(text: str) -> str:

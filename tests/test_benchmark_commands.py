@@ -7,7 +7,9 @@ import json
 import os
 import re
 import runpy
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from benchmarks import (
     training,
     training_steps,
 )
-from benchmarks.command import write_record
+from benchmarks.command import run_command, write_record
 
 COMMANDS = sorted(
     path for path in (ROOT / "benchmarks").glob("*.py") if "argparse" in path.read_text() and path.stem != "command"
@@ -163,6 +165,18 @@ def test_committed_results_say_of_which_weights_they_are():
     for script in (quality, side_branch_seeds, dense_seeds, training_steps):
         record = json.loads(script.RESULTS.read_text())
         assert all(result["weights"] for result in record.get("models", {"one": record}).values())
+
+
+def test_a_terminated_command_ends_as_an_interrupted_one_and_takes_its_temporary_folder_along(tmp_path, capsys):
+    def terminated() -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command(terminated, "all was kept") == 130
+    assert capsys.readouterr().err == "\ninterrupted; all was kept\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
