@@ -2,6 +2,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Small LLaVA checkpoints with the key names and file layouts of the real ones, for tests of the converter."""
 
+import errno
 import json
 import os
 import re
@@ -236,3 +237,12 @@ class Canary:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def refuse_links(monkeypatch, code: int = errno.EXDEV) -> None:
+    """Has files that cannot be linked, as on another disk."""
+
+    def link(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)

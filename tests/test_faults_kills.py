@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from kill_conversions import contents, identities
-from llava_checkpoints import make_llava, read_output, write_llava_hf
+from llava_checkpoints import make_llava, read_output, refuse_links, write_llava_hf
 from safetensors.torch import load_file, save_file
 
 import convert_llava_to_dpvr as converter
@@ -206,6 +206,44 @@ def test_what_is_read_back_must_be_what_was_read(tmp_path, source, monkeypatch, 
     ):
         convert(source, tmp_path / "dpvr", dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("link", [False, True])
+def test_all_is_on_the_disk_before_the_output_gets_its_name_and_the_name_before_the_journal_goes(
+    tmp_path, source, monkeypatch, link
+):
+    done, sync, replace, unlink = [], os.fsync, os.replace, Path.unlink
+
+    def note_sync(descriptor: int) -> None:
+        sync(descriptor)
+        done.append(("on the disk", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    def note_replace(old, new) -> None:
+        done.append(("renamed", Path(new).name))
+        replace(old, new)
+
+    def note_unlink(path, **options) -> None:
+        done.append(("removed", path.name))
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(Path, "unlink", note_unlink)
+    refuse_links(monkeypatch)  # the source's files are copied then
+    output = tmp_path / "dpvr"
+    folder, journal = write_checkpoint.staging_of(output).name, write_checkpoint.journal_of(output).name
+    convert(source, output, link=link)
+    named = done.index(("renamed", output.name))
+    assert ("on the disk", folder) == done[:named][-2]  # and then the journal, which says so
+    for path in output.rglob("*"):
+        if path.suffix != ".safetensors":
+            assert ("on the disk", path.name) in done[:named]
+            continue
+        renamed = done.index(("renamed", path.name))  # before the journal says that it is finished
+        assert ("on the disk", f"{path.name}.tmp") in done[:renamed]
+        assert done.index(("on the disk", folder), renamed) < done.index(("on the disk", journal), renamed)
+    assert ("on the disk", tmp_path.name) in done[named : done.index(("removed", journal))]
 
 
 def test_a_source_that_changes_under_the_conversion_is_refused(tmp_path, source, monkeypatch):

@@ -8,14 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from kill_conversions import contents
-from llava_checkpoints import IMAGE, TRANSFORMERS_4, make_llava, write_llava_hf, write_original
+from llava_checkpoints import IMAGE, TRANSFORMERS_4, make_llava, refuse_links, write_llava_hf, write_original
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import convert_llava_to_dpvr as converter
+import write_checkpoint
 from convert_llava_to_dpvr import ConversionError, convert
 
 BRANCH = "model-side-branch.safetensors"
@@ -94,10 +96,7 @@ def test_links_of_the_hubs_cache_are_made_to_its_blobs(tmp_path):
 def test_where_links_cannot_be_the_files_are_copied_with_a_word(tmp_path, monkeypatch, code):
     source = write_llava_hf(tmp_path / "llava", make_llava())
 
-    def link(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "link", link)
+    refuse_links(monkeypatch, code)
     summary = convert(source, tmp_path / "dpvr", link=True)
     copied = sorted(path.name for path in source.glob("*.safetensors"))
     assert sorted(summary.copied) == copied
@@ -114,10 +113,7 @@ def test_a_copy_that_was_damaged_after_a_kill_is_made_again(tmp_path, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    def link(*_):
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr(os, "link", link)
+    refuse_links(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(converter, "write_shards", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -133,6 +129,36 @@ def test_a_copy_that_was_damaged_after_a_kill_is_made_again(tmp_path, monkeypatc
     for path in source.glob("*.safetensors"):
         assert (tmp_path / "dpvr" / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "dpvr" / third.name).stat().st_ino == kept
+
+
+def test_a_copy_that_is_not_what_was_read_is_refused(tmp_path, monkeypatch):
+    source, sync = write_llava_hf(tmp_path / "llava", make_llava()), os.fsync
+    refuse_links(monkeypatch)
+
+    def flip_a_bit(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name.endswith(".safetensors.tmp"):
+            content = bytearray(path.read_bytes())
+            content[-3] ^= 4
+            path.write_bytes(content)
+
+    monkeypatch.setattr(os, "fsync", flip_a_bit)
+    with pytest.raises(ConversionError, match=r"The copy of \S+\.safetensors differs from it when read back"):
+        convert(source, tmp_path / "dpvr", link=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+
+
+def test_a_disk_too_full_for_a_copy_is_refused_before_the_copy(tmp_path, monkeypatch):
+    source = write_llava_hf(tmp_path / "llava", make_llava(), num_files=1)
+    refuse_links(monkeypatch)
+    [shard] = source.glob("*.safetensors")
+    usage = shutil.disk_usage(tmp_path)._replace(free=shard.stat().st_size - 1)  # more than the side branch needs
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(write_checkpoint, "_copy_file", lambda *_: pytest.fail("copied"))
+    with pytest.raises(ConversionError, match=r" free, but the weights need "):
+        convert(source, tmp_path / "dpvr", link=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
 
 
 def test_links_that_are_refused(tmp_path):
