@@ -81,6 +81,17 @@ def costs_in_llava(record: dict) -> str:
     return quality_report.costs_at_llavas_depth(summarize(record), dict.fromkeys(record["models"], NUM_LAYERS))
 
 
+def figures(record: dict) -> dict:
+    """What the pages' sentences say of the record: by LLaVA and method how many of a hundred answers, the mean of all
+    kinds, dense LLaVA has right beyond it."""
+    entries = summarize(record)
+    right = {(entry.model, entry.name): 100 * float(entry.accuracy["all"].mean()) for entry in entries}
+    lost: dict[str, dict[str, float]] = {}
+    for (model, name), accuracy in right.items():
+        lost.setdefault(model, {})[name] = right[model, "dense"] - accuracy
+    return {"lost": lost}
+
+
 def by_layer(record: dict) -> str:
     """Right answers in percent, all kinds, where vision leaves at each layer: mean, interval and range over LLaVAs."""
     found: dict[str, list[float]] = {}

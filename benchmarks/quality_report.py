@@ -29,9 +29,7 @@ from benchmarks.quality_methods import (
     Routing,
     TrainedLast,
     name_of,
-    prompt_cost,
     relative_cost,
-    routed_config,
 )
 from benchmarks.side_branch_seeds import mean_interval
 from benchmarks.tables import markdown
@@ -39,6 +37,7 @@ from configuration_dpvr import DPVRConfig
 
 VISION_HEAVY = ("count", "describe")
 KEPT = 0.99  # of dense accuracy: what methods are compared at
+ONE_PROMPT = {64: 1}  # text tokens beside one image, and how many such prompts there are
 
 
 @dataclass
@@ -215,6 +214,33 @@ def costs_at_equal_accuracy(record: dict) -> str:
     return markdown(["method", *(f"{m}: {cost} %" for m in record["models"] for cost in ("FLOPs", "KV"))], rows)
 
 
+def figures(record: dict) -> dict:
+    """What the pages' sentences say of the record.
+
+    Returns:
+        `kept`: share of dense accuracy, the mean of all kinds, by LLaVA and method. `kept_from`: by LLaVA the layer
+        from which on DPVR with its fusion layer trained keeps `KEPT`. `flops_in_llava`: what the cheapest settings
+        cost LLaVA-1.5-7B, as shares of its FLOPs, by LLaVA and method.
+    """
+    entries, own = summarize(record), depths(record)
+    dense = {entry.model: entry.accuracy["all"] for entry in entries if entry.name == "dense"}
+    kept = {model: {} for model in own}
+    for entry in entries:
+        kept[entry.model][entry.name] = float((entry.accuracy["all"] / dense[entry.model]).mean())
+    kept_from = {}
+    for model, num_layers in own.items():
+        less = [layer for layer in range(1, num_layers) if kept[model][f"dpvr/{layer}/trained with fusion"] < KEPT]
+        kept_from[model] = max(less, default=0) + 1
+    llava = accounting.dense_config(DPVRConfig())
+    flops = {}
+    for model, num_layers in own.items():
+        settings = settings_at_depth(entries, model, num_layers, llava.text_config.num_hidden_layers)
+        flops[model] = {
+            name: relative_cost(llava, setting, ONE_PROMPT)[0] for name, (setting, _) in settings.items() if setting
+        }
+    return {"kept": kept, "kept_from": kept_from, "flops_in_llava": flops}
+
+
 def at_depth_share(method, num_layers: int, new_num_layers: int):
     """A method with its layers at the same share of another depth, or the next layer."""
 
@@ -252,23 +278,19 @@ def costs_in_llava(record: dict) -> str:
     return costs_at_llavas_depth(summarize(record), depths(record))
 
 
-def costs_at_llavas_depth(
-    entries: list[Entry], own_depths: dict[str, int], vision_tokens: int = 576, text_tokens: int = 64
-) -> str:
+def costs_at_llavas_depth(entries: list[Entry], own_depths: dict[str, int]) -> str:
     """What the cheapest settings would cost LLaVA-1.5-7B at the same shares of its depth, by formula, a row for each
     method: there is less text beside an image there, and a layer is less of the whole.
 
     Args:
         own_depths: decoder layers of the LLaVAs, a column for each and each cost.
     """
-    llava = accounting.dense_config(DPVRConfig())
-    depth, prompt = llava.text_config.num_hidden_layers, (vision_tokens, text_tokens)
-    dense, rows = prompt_cost(llava, (), *prompt), [[name] for name in EQUAL]
+    llava, rows = accounting.dense_config(DPVRConfig()), [[name] for name in EQUAL]
+    depth = llava.text_config.num_hidden_layers
     for model, own in own_depths.items():
         for row, settings in zip(rows, settings_at_depth(entries, model, own, depth).values(), strict=True):
             for i, method in enumerate(settings):
-                config = routed_config(llava, method) if isinstance(method, Routing) else llava
-                row.append("none" if method is None else f"{prompt_cost(config, method, *prompt)[i] / dense[i]:.0%}")
+                row.append("none" if method is None else f"{relative_cost(llava, method, ONE_PROMPT)[i]:.0%}")
     return markdown(["method", *(f"{m}: {cost}" for m in own_depths for cost in ("FLOPs", "KV"))], rows)
 
 

@@ -10,13 +10,15 @@ A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. NAME is on
 
 A figure within a sentence stands between `<!-- value:PATH -->` and `<!-- /value -->`. PATH is the name of a file in
 `benchmarks/results` and the keys and list positions in it, joined by full stops, with a Python format after a bar:
-`<!-- value:conversion.peak_gib|.2f -->1.31<!-- /value -->`. Not at the start of a line, where Markdown would take the
-whole line for HTML.
+`<!-- value:conversion.peak_gib|.2f -->1.31<!-- /value -->`. What a sentence says of a whole record, its benchmark's
+`figures(record)` work out: `<!-- value:quality.figures.KEY -->`. Sizes that follow from the geometry are those of
+`sizes`: `<!-- value:sizes.KEY -->`. Not at the start of a line, where Markdown would take the whole line for HTML.
 
 Plots are drawn into `figures/`. `--check` changes nothing, and fails if a page is not what the result files say.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import re
@@ -28,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
+from accelerate import init_empty_weights
 
+from benchmarks import speed
 from benchmarks.accounting import (
     cache_bytes,
     decoder_flops,
@@ -173,12 +177,9 @@ def make_table(name: str) -> str:
         function, files = TABLES[name]
         return function(*(read(ROOT / file, f"table {name}") for file in files))
     results, _, function_name = name.partition(".")
-    benchmark = results.partition("-")[0]
     record = read(RESULTS / f"{results.replace('-', '_')}.json", f"table {name}")
     try:
-        function = getattr(
-            importlib.import_module(f"benchmarks.{REPORTS.get(benchmark, benchmark)}"), function_name or "table"
-        )
+        function = getattr(module_of(results), function_name or "table")
     except (ModuleNotFoundError, AttributeError) as error:
         raise ReportError(
             f"The page shows table {name}, which is neither in TABLES nor a benchmark's: {error}."
@@ -186,17 +187,53 @@ def make_table(name: str) -> str:
     return function(record)
 
 
+def module_of(results: str):
+    """The benchmark that `results`, a file's name with hyphens, are of."""
+    benchmark = results.partition("-")[0]
+    return importlib.import_module(f"benchmarks.{REPORTS.get(benchmark, benchmark)}")
+
+
+@functools.cache
+def figures_of(results: str, path: Path) -> dict:
+    """What the benchmark of `results` makes of its record at `path`."""
+    record = read(path, f"figures of {results}")
+    try:
+        function = module_of(results).figures
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ReportError(f"The page shows figures of {results}, which no benchmark works out: {error}.") from error
+    return {"figures": function(record)}
+
+
+@functools.cache
+def sizes() -> dict[str, float]:
+    """Of LLaVA-1.5-7B as a DPVR: weights in GB of bfloat16, of all and of the side branch alone, the side branch's in
+    millions, and in GB what training adds to them: float32 copies, gradients and two moments of AdamW."""
+    with init_empty_weights():
+        model = speed.CODE(DPVRConfig())
+    total, branch = (sum(x.numel() for x in part.parameters()) for part in (model, model.model.side_branch))
+    return {
+        "weights_gb": total * 2 / 1e9,
+        "side_branch_gb": branch * 2 / 1e9,
+        "side_branch_millions": branch / 1e6,
+        "training_gb": branch * 16 / 1e9,
+    }
+
+
 def find_value(path: str):
-    """The number or text at `FILE.KEY.KEY` in the result files; a key may be a list position."""
+    """The number or text at `FILE.KEY.KEY` in the result files, or of `figures` or `sizes`; a key may be a list
+    position."""
     stem, *keys = path.split(".")
-    value = read(RESULTS / f"{stem}.json", f"value {path}")
+    file = RESULTS / f"{stem.replace('-', '_')}.json"
+    if stem == "sizes":
+        value = sizes()
+    else:
+        value = figures_of(stem, file) if keys[:1] == ["figures"] else read(file, f"value {path}")
     for key in keys:
         try:
             value = value[int(key)] if isinstance(value, list) else value[key]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ReportError(
-                f"The page shows value {path}, but benchmarks/results/{stem}.json has no {key}."
-            ) from error
+            found = stem if stem == "sizes" else f"benchmarks/results/{file.name}"
+            raise ReportError(f"The page shows value {path}, but {found} has no {key}.") from error
     if isinstance(value, (dict, list)):
         raise ReportError(f"The page shows value {path}, which is not one number or text: go on to {list(value)[:5]}.")
     return value

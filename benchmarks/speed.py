@@ -505,6 +505,16 @@ def prompt_name(run: dict) -> str:
     return f"{run['vision_tokens']} + {run['text_tokens']}, batch {run['batch']}"
 
 
+def figures(record: dict) -> dict:
+    """What the pages' sentences say of the record: `decode_differs`, by method the most that a decode step's ratio to
+    LLaVA's differs from 1 in any run."""
+    ratios: dict[str, list[float]] = {}
+    for run in record["runs"]:
+        for name, measured in run["methods"].items():
+            ratios.setdefault(name, []).append(measured["decode_ratio"])
+    return {"decode_differs": {name: max(abs(ratio - 1) for ratio in found) for name, found in ratios.items()}}
+
+
 def parts(record: dict) -> str:
     """DPVR's prefill beside its parts, each measured alone in the same run, as markdown: medians."""
     names = list(record["runs"][0]["parts_seconds"])

@@ -17,26 +17,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks import quality, quality_methods, quality_report
+from benchmarks import accounting, quality, quality_methods, quality_report
 from benchmarks.command import GOES_ON, check_output, run_command, write_record
 from benchmarks.quality_methods import LAST, Routing, TrainedLast
 from benchmarks.quality_report import percent
 from benchmarks.side_branch_seeds import check_weights, read_results
 from benchmarks.tables import markdown
+from configuration_dpvr import DPVRConfig
 from scripts.train_tiny_llava import LONG_BATCH, versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "training_steps.json"
+WITH_FUSION, WITHOUT_BRANCH = "dpvr/1/trained with fusion", "dpvr/1/trained with fusion/no side layers"
 STUDIED = {  # by LLaVA; names as of `quality_methods.methods`
     "tiny-llava": (
         "dpvr/2/trained",
         "dpvr/3/trained",
-        "dpvr/1/trained with fusion",
-        "dpvr/1/trained with fusion/no side layers",
+        WITH_FUSION,
+        WITHOUT_BRANCH,
         f"vtw/2/{LAST}",
         f"vtw/3/{LAST}",
         f"fastv/2/0.5/{LAST}",
@@ -44,8 +46,8 @@ STUDIED = {  # by LLaVA; names as of `quality_methods.methods`
     ),
     "tiny-llava-12": (
         "dpvr/4/trained",
-        "dpvr/1/trained with fusion",
-        "dpvr/1/trained with fusion/no side layers",
+        WITH_FUSION,
+        WITHOUT_BRANCH,
         "dpvr/2/trained with fusion",
         f"vtw/3/{LAST}",
         f"fastv/3/0.5/{LAST}",
@@ -95,6 +97,46 @@ def table(record: dict) -> str:
             described = [quality_report.setting_of(method), labels[quality_report.family_of(method)]]
             rows.append([name, *described, *shown, percent(over_kinds(result["untrained"]["dense"]))])
     return markdown(["LLaVA", "setting", "method", *(f"{steps:,} steps" for steps in lengths), "dense LLaVA"], rows)
+
+
+def figures(record: dict) -> dict:
+    """What the pages' sentences say of the record, in points of a hundred answers.
+
+    Returns:
+        `right`: by LLaVA, steps and method the right answers, the mean of all kinds and seeds. `gained`: by LLaVA and
+        method what the most steps give beyond the fewest. `side_branch_adds`: by LLaVA and steps what DPVR at layer 1,
+        its fusion layer trained, has beyond the same without a side branch. `flops_in_llava`: by LLaVA and method the
+        share of LLaVA-1.5-7B's FLOPs that it costs at the same share of its depth.
+    """
+    right: dict[str, dict[str, dict[str, float]]] = {}
+    for name, result in record["models"].items():
+        for steps, cells in result["cells"].items():
+            means = {method: 100 * float(over_kinds(by_seed).mean()) for method, by_seed in cells.items() if by_seed}
+            right.setdefault(name, {})[steps] = means
+    llava, gained, adds, flops = accounting.dense_config(DPVRConfig()), {}, {}, {}
+    for name, by_steps in right.items():
+        lengths: dict[str, list[int]] = {}
+        for steps, means in by_steps.items():
+            for method in means:
+                lengths.setdefault(method, []).append(int(steps))
+        gained[name] = {
+            method: by_steps[str(max(found))][method] - by_steps[str(min(found))][method]
+            for method, found in lengths.items()
+            if len(found) > 1
+        }
+        adds[name] = {
+            steps: means[WITH_FUSION] - means[WITHOUT_BRANCH]
+            for steps, means in by_steps.items()
+            if {WITH_FUSION, WITHOUT_BRANCH} <= means.keys()
+        }
+        num_layers = AutoConfig.from_pretrained(ROOT / "examples" / name).text_config.num_hidden_layers
+        found, depth = quality_methods.methods(num_layers), llava.text_config.num_hidden_layers
+        moved = {method: quality_report.at_depth_share(found[method], num_layers, depth) for method in STUDIED[name]}
+        flops[name] = {
+            method: quality_methods.relative_cost(llava, there, quality_report.ONE_PROMPT)[0]
+            for method, there in moved.items()
+        }
+    return {"right": right, "gained": gained, "side_branch_adds": adds, "flops_in_llava": flops}
 
 
 def over_kinds(by_seed: dict[str, dict[str, float]]) -> np.ndarray:

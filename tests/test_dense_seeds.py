@@ -74,6 +74,12 @@ def test_llavas_count_once_each_by_hand(monkeypatch):
     assert "| 4 | 100.0 ± 0.0 [100.0, 100.0] |  |  |  |" in rows
 
 
+def test_figures_by_hand(monkeypatch):
+    entries = [entry("seed 0", "dense", 1, 0.75), entry("seed 0", "vtw/4", 0.5, 0.5), entry("seed 1", "dense", 1, 1)]
+    monkeypatch.setattr(dense_seeds, "summarize", lambda record: entries)
+    assert dense_seeds.figures({})["lost"] == {"seed 0": {"dense": 0, "vtw/4": 25}, "seed 1": {"dense": 0}}
+
+
 def test_llavas_of_another_recipe_and_what_is_none_are_refused(other, tmp_path, capsys):
     record = json.loads((other / "training.json").read_text())
     (other / "training.json").write_text(json.dumps(record | {"steps": 5}))

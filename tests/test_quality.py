@@ -329,6 +329,25 @@ def test_costs_in_llava_are_those_of_its_own_formulas(monkeypatch):
     assert "| FastV | none | none |" in rows
 
 
+def test_figures_by_hand(monkeypatch):
+    kept = {1: [0.98, 0.99], 2: [0.99, 0.98], 3: [1.0, 0.98]}
+    entries = [Entry("tiny-llava", "dense", 1.0, 1.0, {"all": np.array([0.5, 1.0])})]
+    for layer in range(1, 8):
+        right = np.array([0.5, 1.0]) * kept.get(layer, [1.0, 0.99])
+        entries.append(Entry("tiny-llava", f"dpvr/{layer}/trained with fusion", layer / 10, 0.9, {"all": right}))
+    monkeypatch.setattr(quality_report, "summarize", lambda record: entries)
+    figures = quality_report.figures({"models": {"tiny-llava": {}}})
+    assert figures["kept"]["tiny-llava"]["dense"] == 1
+    assert figures["kept"]["tiny-llava"]["dpvr/1/trained with fusion"] == pytest.approx(0.985)
+    assert figures["kept_from"] == {"tiny-llava": 3}
+    [(name, flops)] = figures["flops_in_llava"]["tiny-llava"].items()
+    config = DPVRConfig(saturation_layer=12)  # layer 3 of 8
+    dense = accounting.dense_config(config)
+    read = accounting.read_one_token(accounting.prefill_loads(dense, 576, 64))
+    assert name == "DPVR, fusion layer trained too"
+    assert flops == accounting.prefill_flops(config, 576, 64).decoder / accounting.decoder_flops(dense, read)
+
+
 def baselines_share(dense) -> float:
     """FLOPs of VTW at layer 20 of 32, to those of LLaVA, both reading the last token alone in the last layer."""
     read = accounting.read_one_token

@@ -19,6 +19,7 @@ def results(tmp_path, monkeypatch):
     module = type(sys)("benchmarks.made")
     module.table = lambda record: f"table of {record['name']}"
     module.other = lambda record: f"other of {record['name']}"
+    module.figures = lambda record: {"most": {"of all": max(record["peak"])}}
     monkeypatch.setitem(sys.modules, "benchmarks.made", module)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -58,6 +59,28 @@ def test_a_table_and_a_value_are_filled_from_the_result_file_of_their_name(resul
     assert "other of sdpa" in report.fill(TABLE.replace("made", "made.other"))
     (results / "made_twice.json").write_text(json.dumps({"name": "eager"}))
     assert "other of eager" in report.fill(TABLE.replace("made", "made-twice.other"))
+
+
+def test_a_figure_that_follows_from_a_record_is_worked_out_by_its_benchmark(results):
+    text = "At most <!-- value:made.figures.most.of all|.2f -->0<!-- /value -->"
+    assert report.fill(text) == text.replace("0<!", "3.00<!")
+    (results / "made_twice.json").write_text(json.dumps({"peak": [7]}))
+    assert "-->7.00<!--" in report.fill(text.replace("made", "made-twice"))
+    (results / "speed_lost.json").write_text("{}")
+    with pytest.raises(report.ReportError, match=r"figures of speed_lost, which no benchmark works out.*speed_lost"):
+        report.fill(text.replace("made", "speed_lost"))
+    with pytest.raises(report.ReportError, match=r"made\.json has no least"):
+        report.fill(text.replace("most", "least"))
+
+
+def test_sizes_are_those_of_the_weights_that_a_conversion_of_7b_writes():
+    decoder_layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    found = {key: float(report.find_value(f"sizes.{key}")) for key in report.sizes()}
+    assert found["side_branch_millions"] == decoder_layer / 1e6
+    assert found["side_branch_gb"] == decoder_layer * 2 / 1e9
+    assert found["training_gb"] == decoder_layer * 4 * 4 / 1e9
+    llava = 7_063_427_072  # of llava-hf/llava-1.5-7b-hf
+    assert round(found["weights_gb"], 2) == round((llava + decoder_layer) * 2 / 1e9, 2)
 
 
 @pytest.mark.parametrize("changed", ["made", "made.peak.1"])

@@ -36,6 +36,11 @@ def test_speed_measures_every_method_and_its_cache_is_that_of_the_formulas(monke
     assert all(f"| {name} |" in shown for name in measured["methods"])
 
 
+def test_figures_by_hand():
+    runs = [{"methods": {"LLaVA": {"decode_ratio": 1}, "DPVR": {"decode_ratio": ratio}}} for ratio in (1.25, 0.5)]
+    assert speed.figures({"runs": runs}) == {"decode_differs": {"LLaVA": 0, "DPVR": 0.5}}
+
+
 def test_methods_of_equal_accuracy_are_the_cheapest_that_quality_found(monkeypatch, tmp_path):
     at_llavas_depth = speed.equal_settings("tiny-llava", 32)
     assert list(at_llavas_depth) == list(json.loads(speed.EQUAL_RESULTS.read_text())["runs"][0]["methods"])[1:]

@@ -63,6 +63,22 @@ def test_the_table_has_means_over_kinds_and_intervals_over_seeds_by_hand(studied
     assert rows[4] == "| tiny-llava | 4/0.5 | FastV, last layer trained |  |  | 100.0 |"
 
 
+def test_figures_by_hand():
+    def cells(right: dict[str, float]) -> dict:
+        return {method: {"0": dict.fromkeys(quality.task.KINDS, share)} for method, share in right.items()}
+
+    branch, fused, alone = "dpvr/2/trained", training_steps.WITH_FUSION, training_steps.WITHOUT_BRANCH
+    few, some = {branch: 0.25, fused: 0.75, alone: 0.5}, {branch: 0.5, fused: 0.75}
+    record = {"models": {"tiny-llava": {"cells": {"800": cells(some), "1000": {}, "90": cells(few)}}}}
+    figures = training_steps.figures(record)
+    assert figures["right"]["tiny-llava"]["90"] == {method: 100 * share for method, share in few.items()}
+    assert figures["gained"]["tiny-llava"] == {branch: 25, fused: 0}  # from 90 to 800 steps
+    assert figures["side_branch_adds"]["tiny-llava"] == {"90": 25}
+    flops = figures["flops_in_llava"]["tiny-llava"]
+    assert flops.keys() == set(training_steps.STUDIED["tiny-llava"])
+    assert flops[alone] < flops[fused] < flops[branch] < 1
+
+
 def test_every_method_that_is_studied_is_one_of_quality():
     for layers, name in ((8, "tiny-llava"), (12, "tiny-llava-12")):
         assert set(training_steps.STUDIED[name]) <= set(quality_methods.methods(layers))
