@@ -46,8 +46,8 @@ def files_of(folder: Path) -> tuple[list[Path], bool]:
     is_adapter, is_checkpoint = (folder / CONFIG_FILE).is_file(), (folder / "config.json").is_file()
     if is_adapter == is_checkpoint:
         raise AdapterError(
-            f"{folder} holds {'both' if is_adapter else 'neither'} {CONFIG_FILE} and config.json: give the folder of "
-            "an adapter or of a checkpoint."
+            f"{folder} holds {f'both {CONFIG_FILE} and' if is_adapter else f'neither {CONFIG_FILE} nor'} config.json: "
+            "give the folder of an adapter or of a checkpoint."
         )
     read_run(folder)  # which the card is made of, when a repository has been made already
     if is_adapter:

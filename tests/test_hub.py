@@ -384,7 +384,7 @@ def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders,
         assert main([str(folder), "org/x"]) == 1
         return capsys.readouterr().err
 
-    assert "neither adapter_config.json and config.json" in word(tmp_path)
+    assert "neither adapter_config.json nor config.json" in word(tmp_path)
     assert "is not a folder" in word(tmp_path / "absent")
     for name, message in (
         ("modeling_dpvr.py", "has no modeling_dpvr.py: nobody could load it"),
