@@ -147,6 +147,10 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(str(error))
     if options.eval_rows < 0:
         parser.error(f"--eval-rows {options.eval_rows}: give a number of rows")
+    if not (options.eval_data or options.eval_rows):  # which the Trainer would miss once the model is loaded
+        for name, off in (("eval_strategy", "no"), ("eval_on_start", False)):
+            if getattr(training_arguments, name) != off:
+                parser.error(f"--{name} needs rows to evaluate on: give --eval-data or --eval-rows")
     if options.max_length is not None and options.max_length < 1:
         parser.error(f"--max-length {options.max_length}: give at least 1 token, or leave it out")
     if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # the default: as the epochs have it
