@@ -438,6 +438,14 @@ def test_a_card_states_base_data_hyperparameters_plot_accuracy_and_how_to_load()
         compile(textwrap.dedent(code.split("```")[0]), "card", "exec")
 
 
+def test_a_card_calls_a_share_of_the_steps_so_and_rounds_what_has_been_divided():
+    hyperparameters = {"learning_rate": 2e-05, "warmup_steps": 0.03, "epochs": 2 / 33, "steps": 1200}
+    card = make_card({**RUN, "hyperparameters": hyperparameters}, "org/adapter")
+    for row in ("learning rate | 2e-05", "warmup steps | 0.03 of all steps", "epochs | 0.06061", "steps | 1,200"):
+        assert f"| {row} |" in card
+    assert "| warmup steps | 20 |" in make_card({**RUN, "hyperparameters": {"warmup_steps": 20.0}}, "org/adapter")
+
+
 @pytest.mark.parametrize(("command", "code"), [("a b", "`a b`"), ("a `b` c", "`` a `b` c ``"), ("``", "``` `` ```")])
 def test_a_command_in_a_card_is_code_whatever_backticks_it_has(command, code):
     assert f"| command | {code} |" in make_card({**RUN, "command": command})

@@ -184,7 +184,11 @@ def _facts(run: dict) -> list[list[str]]:
     if {"trainable_parameters", "parameters"} <= run.keys():
         trained, total = run["trainable_parameters"], run["parameters"]
         rows.append(("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"))
-    rows += [(key.replace("_", " "), value) for key, value in run.get("hyperparameters", {}).items()]
+    for key, value in run.get("hyperparameters", {}).items():
+        if type(value) is float:
+            # Warm-up of less than a step is to the Trainer a share of all steps
+            value = f"{value:.4g}{' of all steps' if key == 'warmup_steps' and 0 < value < 1 else ''}"
+        rows.append((key.replace("_", " "), value))
     if run.get("loss_curve"):
         losses = [loss for _, loss in run["loss_curve"]]
         rows.append(("loss, first and last logged", f"{losses[0]:.4g}, {losses[-1]:.4g}"))
