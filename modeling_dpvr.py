@@ -418,10 +418,13 @@ def run_both_streams(
 def can_read_last(layer: nn.Module, cache: Cache | None) -> bool:
     """Whether `layer` may get its tokens in two parts: first, for keys and values only, those nobody reads.
 
-    Not where something else runs the layer's `forward` (weights that come and go with it, gradient checkpointing), and
-    not where a cache holds something other than the keys and values that it is given.
+    Not where something else runs the layer's `forward` (weights that come and go with it, gradient checkpointing) or
+    looks at what its parts get (PEFT's aLoRA counts tokens from the end), and not where a cache holds something other
+    than the keys and values that it is given.
     """
-    is_wrapped = any("forward" in x.__dict__ or x._forward_pre_hooks for x in (layer, layer.self_attn))
+    is_wrapped = any("forward" in x.__dict__ for x in (layer, layer.self_attn)) or any(
+        part._forward_pre_hooks for part in layer.modules()
+    )
     is_checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
     is_plain = cache is None or (
         type(cache.layers[layer.self_attn.layer_idx]) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)

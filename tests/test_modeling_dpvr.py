@@ -1152,7 +1152,8 @@ def test_the_last_layer_computes_only_what_is_read(text):
 
 
 @pytest.mark.parametrize(
-    "wrap", ["pre-hook", "replaced forward", "offloading", "quantized layer", "states", "attentions"]
+    "wrap",
+    ["pre-hook", "pre-hook of a part", "replaced forward", "offloading", "quantized layer", "states", "attentions"],
 )
 def test_the_last_layer_runs_whole_where_its_tokens_cannot_come_in_two_parts(wrap):
     dpvr, batch, widths, options = make_dpvr(), make_batch(["ttItt", "tI"]), [], {}
@@ -1162,6 +1163,8 @@ def test_the_last_layer_runs_whole_where_its_tokens_cannot_come_in_two_parts(wra
     layer.mlp.register_forward_hook(lambda _, args, output: widths.append(args[0].shape[1]))
     if wrap == "pre-hook":  # as FSDP2 gathers weights
         layer.register_forward_pre_hook(lambda _, args: None)
+    elif wrap == "pre-hook of a part":  # as PEFT tells aLoRA how many of the last tokens it applies to
+        layer.self_attn.k_proj.register_forward_pre_hook(lambda _, args: None)
     elif wrap == "replaced forward":  # as accelerate fetches weights
         forward = layer.forward
         layer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
