@@ -78,14 +78,19 @@ class DPVRConfig(LlavaConfig):
         super().__post_init__(**kwargs)
         self.check_routing()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers, which sets keywords once a config has been made: here a routing among them is what the
+        config is made with, so that a LLaVA of too few layers for the default loads with its own."""
+        return super().from_dict(config_dict | {name: kwargs[name] for name in ROUTING if name in kwargs}, **kwargs)
+
     def save_pretrained(self, *args, **kwargs):
         """As in transformers, after a check that what is saved can be loaded."""
         self.check_routing()
         return super().save_pretrained(*args, **kwargs)
 
     def check_routing(self) -> None:
-        """Raises ValueError as the class says. Models call it too: what `from_pretrained` gets by keyword transformers
-        sets once a config has been made."""
+        """Raises ValueError as the class says. Models call it too: a config may be changed once it has been made."""
         for name in ROUTING:
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer.")

@@ -993,7 +993,11 @@ def test_a_routing_given_to_from_pretrained_is_checked_like_any(tmp_path, fields
     make_dpvr().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         DPVRForConditionalGeneration.from_pretrained(tmp_path, **fields)
-    config = DPVRConfig.from_pretrained(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
+        DPVRConfig.from_pretrained(tmp_path, **fields)
+    config = DPVRConfig.from_pretrained(tmp_path)
+    for name, value in fields.items():
+        setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
         config.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -1747,6 +1751,14 @@ def test_a_llava_checkpoint_loads_and_its_missing_side_branch_starts_as_the_iden
     for layer in dpvr.model.side_branch.layers:
         assert not layer.self_attn.o_proj.weight.any()
         assert torch.equal(layer.self_attn.q_proj.weight, llava.model.language_model.layers[5].self_attn.q_proj.weight)
+
+
+def test_a_llava_of_too_few_layers_for_the_default_routing_loads_with_the_one_that_is_given(tmp_path):
+    make_llava().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saturation_layer=18 must be between 1 and"):
+        DPVRForConditionalGeneration.from_pretrained(tmp_path)
+    dpvr = DPVRForConditionalGeneration.from_pretrained(tmp_path, saturation_layer=2, num_fusion_layers=3)
+    assert (dpvr.config.saturation_layer, dpvr.config.first_fusion_layer) == (2, NUM_LAYERS - 3)
 
 
 @pytest.mark.parametrize("with_head", [True, False])
