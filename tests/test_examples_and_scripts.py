@@ -39,6 +39,17 @@ def command(*arguments, cwd=None):
     return result.stdout
 
 
+def refusal(script, *arguments, monkeypatch, capsys) -> tuple[int, str]:
+    """Status and last line of a script that ends with an error, run here: a process of its own imports for seconds."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    said = capsys.readouterr().err
+    if isinstance(ended.value.code, str):  # which Python would print
+        return 1, f"{said}{ended.value.code}".splitlines()[-1]
+    return ended.value.code, said.splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
     """The embedded LLaVA and the DPVR made of it with its trained side branch, each with its processor."""
@@ -173,21 +184,17 @@ def test_the_demo_writes_a_checkpoint_and_a_picture_and_can_be_run_again(tmp_pat
 
 
 @pytest.mark.parametrize("script", ["scripts/demo.py", "examples/evaluation/write_questions.py"])
-def test_numbers_that_give_no_questions_are_refused(script, tmp_path):
+def test_numbers_that_give_no_questions_are_refused(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     for option, value, least in (("--questions", 0, 1), ("--questions", -1, 1), ("--seed", -1, 0)):
-        result = subprocess.run(
-            [sys.executable, ROOT / script, option, str(value)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 2
-        assert result.stderr.endswith(f"error: {option} must be at least {least}, got {value}\n")
+        status, line = refusal(script, option, value, monkeypatch=monkeypatch, capsys=capsys)
+        assert status == 2
+        assert line.endswith(f"error: {option} must be at least {least}, got {value}")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_demo_deletes_nothing_of_others(tmp_path):
+def test_the_demo_deletes_nothing_of_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     convert(EXAMPLES / "tiny-llava", tmp_path / "noted", adapter=EXAMPLES / "dpvr-tiny-adapter")
     (tmp_path / "noted" / "notes.txt").write_text("mine")
     convert(EXAMPLES / "tiny-llava-12", tmp_path / "another", saturation_layer=5)
@@ -195,15 +202,9 @@ def test_the_demo_deletes_nothing_of_others(tmp_path):
     for name in ("noted", "another", "file"):
         path = tmp_path / name
         before = {each: each.read_bytes() for each in (path.iterdir() if path.is_dir() else [path])}
-        result = subprocess.run(
-            [sys.executable, ROOT / "scripts" / "demo.py", "--output", name],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 1
-        assert result.stderr.splitlines()[-1].startswith(f"error: {name} ")
+        status, line = refusal("scripts/demo.py", "--output", name, monkeypatch=monkeypatch, capsys=capsys)
+        assert status == 1
+        assert line.startswith(f"error: {name} ")
         assert all(each.read_bytes() == content for each, content in before.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "file", "noted"]
 
@@ -220,16 +221,13 @@ def test_make_clean_leaves_a_checkpoint_that_somebody_may_have_put_there(tmp_pat
     assert (tmp_path / "dpvr-tiny" / "notes.txt").read_text() == "x"
 
 
-def test_embedded_models_are_not_trained_into_a_folder_of_something_else(tmp_path):
+def test_embedded_models_are_not_trained_into_a_folder_of_something_else(tmp_path, monkeypatch, capsys):
     (tmp_path / "chapter1.txt").write_text("mine")
     (tmp_path / "training.json").write_text('{"base_model": "of another script"}')
-    for name in ("train_tiny_side_branch.py", "train_tiny_llava.py"):
-        script = ROOT / "scripts" / name
-        result = subprocess.run(
-            [sys.executable, script, "--output", tmp_path], capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 2
-        assert "exists and holds no training.json of this script" in result.stderr
+    for script in ("scripts/train_tiny_side_branch.py", "scripts/train_tiny_llava.py"):
+        status, line = refusal(script, "--output", tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+        assert status == 2
+        assert "exists and holds no training.json of this script" in line
     assert (tmp_path / "chapter1.txt").read_text() == "mine"
 
 
@@ -251,11 +249,13 @@ def test_embedded_models_are_not_trained_into_a_folder_of_something_else(tmp_pat
         ("benchmarks/side_branch_seeds.py", "--saturation-layers 99", 1, "error: saturation_layer=99 must be "),
     ],
 )
-def test_numbers_that_mean_nothing_are_refused_with_a_sentence(tmp_path, script, options, status, why):
-    command = [sys.executable, ROOT / script, *options.split(), "--output", tmp_path / "out"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == status
-    assert why in result.stderr.splitlines()[-1]
+def test_numbers_that_mean_nothing_are_refused_with_a_sentence(
+    tmp_path, monkeypatch, capsys, script, options, status, why
+):
+    options = [*options.split(), "--output", tmp_path / "out"]
+    found, line = refusal(script, *options, monkeypatch=monkeypatch, capsys=capsys)
+    assert found == status
+    assert why in line
     assert not list(tmp_path.iterdir())
 
 

@@ -1230,25 +1230,27 @@ def test_a_run_is_not_resumed_at_another_layer_or_with_another_loss_or_base(pict
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_a_batch_holds(embedded, pictures, tmp_path):
     """Also with two processes, of which the last has a row that the first has counted."""
 
-    def held_out(name, command, *options):
+    def held_out(name, *options, num_processes=1):
         options += ("--max_steps", 1, "--eval-rows", 3, "--eval_steps", 1)
-        command = [*command, str(ROOT / "scripts" / "train_side_branch.py")]
-        command += train(embedded, pictures, tmp_path / name, *options)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
+        arguments = train(embedded, pictures, tmp_path / name, *options)
+        if num_processes == 1:
+            assert train_side_branch.main(arguments) == 0
+        else:
+            command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+            command = [sys.executable, "-m", *command, str(ROOT / "scripts" / "train_side_branch.py"), *arguments]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
         return json.loads((tmp_path / name / "training.json").read_text())["eval_loss_curve"][-1][1]
 
-    one = [sys.executable]
-    two = [*one, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    expected = held_out("one", one, "--per_device_eval_batch_size", 3)
-    assert held_out("smaller", one, "--per_device_eval_batch_size", 2) == pytest.approx(expected, abs=1e-5)
+    expected = held_out("one", "--per_device_eval_batch_size", 3)
+    assert held_out("smaller", "--per_device_eval_batch_size", 2) == pytest.approx(expected, abs=1e-5)
     options = ("--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 1)
-    assert held_out("two", two, *options) == pytest.approx(expected, abs=1e-5)
+    assert held_out("two", *options, num_processes=2) == pytest.approx(expected, abs=1e-5)
     options = ("--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 2)  # the last batch has one of each
-    assert held_out("two of two", two, *options) == pytest.approx(expected, abs=1e-5)
+    assert held_out("two of two", *options, num_processes=2) == pytest.approx(expected, abs=1e-5)
     options += ("--loss", "distill", "--cache-features", tmp_path / "features")
-    expected = held_out("learnt", one, *options[:2], "--per_device_eval_batch_size", 3, *options[4:6])
-    assert held_out("two cached", two, *options) == pytest.approx(expected, abs=1e-4)
+    expected = held_out("learnt", *options[:2], "--per_device_eval_batch_size", 3, *options[4:6])
+    assert held_out("two cached", *options, num_processes=2) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_run_goes_on_with_its_own_options_alone(embedded, pictures, tmp_path, capsys):
