@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """`transformers serve`, except that what the processor refuses (a broken image, a wrong prompt) and requests that lack
-something are answered with status 400 and the reason, not 500. Values of a wrong type get 500, as they do there.
+something are answered with status 400 and the reason, not 500. Some values of a wrong type get 500, as they do there.
 `stop` works, which gets 500 there with any model that has a processor.
 Refused with 400, too: another model than the one named here, whose code would run, and images that are no data:image/
 URLs, which would be read from this machine's files or from what it can reach.
