@@ -667,6 +667,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--private is for --push-to-hub")
     if options["adapter"] and options["side_branch_init"] != "identity":
         parser.error("--side-branch-init is of a side branch that --adapter does not bring")
+    if options["num_side_layers"] == 0 and options["side_branch_init"] != "identity":
+        parser.error("--side-branch-init is of a side branch, and with --num-side-layers 0 there is none")
     if repo:
         try:
             validate_repo_id(repo)

@@ -906,6 +906,7 @@ def test_command_line(tmp_path, source, capsys):
         ["", "b"],
         ["a", "b", "--adapter", ""],
         ["a", "b", "--adapter", "c", "--side-branch-init", "copy"],
+        ["a", "b", "--num-side-layers", "0", "--side-branch-init", "copy"],
     ],
 )
 def test_usage_errors_exit_with_2(arguments, capsys):
