@@ -337,6 +337,8 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     """Trains, and writes adapter and records to OUTPUT. The record of the run."""
     set_seed(arguments.seed)
     checkpoint = last_checkpoint(options.output) if options.resume else None
+    if options.resume and checkpoint is None and arguments.process_index == 0:
+        print(f"{options.output} holds no whole checkpoint to go on from: the training starts anew", flush=True)
     lora = read_config(options.peft_config) if options.peft_config else options.lora
     processor = load_processor(options, arguments)
     with arguments.main_process_first():

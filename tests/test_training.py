@@ -1160,6 +1160,20 @@ def test_an_adapter_that_is_there_is_not_trained_over(embedded, pictures, tmp_pa
         assert "holds an adapter and no checkpoint to go on from" in capsys.readouterr().err
 
 
+def test_a_run_that_finds_nothing_to_go_on_from_says_so(embedded, pictures, tmp_path, capsys, monkeypatch):
+    def end(*_):
+        raise ValueError("enough")
+
+    monkeypatch.setattr(train_side_branch, "load_processor", end)  # what comes next
+    output = tmp_path / "out"
+    (output / "checkpoint-2").mkdir(parents=True)  # killed while it was written
+    assert train_side_branch.main(train(embedded, pictures, output, "--resume")) == 1
+    assert f"{output} holds no whole checkpoint to go on from: the training starts anew" in capsys.readouterr().out
+    (output / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert train_side_branch.main(train(embedded, pictures, output, "--resume")) == 1
+    assert "starts anew" not in capsys.readouterr().out
+
+
 def test_a_run_whose_held_out_rows_are_all_corrupt_ends_before_it_trains(embedded, pictures, tmp_path, capsys):
     (pictures / "broken.png").write_bytes(b"no image")
     (tmp_path / "broken.json").write_text(json.dumps([bad_row(image="broken.png")] * 2))
