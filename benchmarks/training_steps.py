@@ -87,16 +87,20 @@ def measure(name: str, args, record: dict) -> None:
 
 
 def table(record: dict) -> str:
-    """Right answers in percent, the mean of all kinds, a column for each number of steps, beside dense LLaVA's."""
+    """Right answers in percent, the mean of all kinds, a column for each number of steps, beside dense LLaVA's and
+    what the setting would cost LLaVA-1.5-7B."""
     lengths = sorted({int(steps) for result in record["models"].values() for steps in result["cells"]})
     labels, rows = {family: label for label, family in quality_report.EQUAL.items()}, []
+    flops = figures(record)["flops_in_llava"]
     for name, result in record["models"].items():
         for method in STUDIED[name]:
             measured = [result["cells"].get(str(steps), {}).get(method, {}) for steps in lengths]
             shown = [percent(over_kinds(by_seed)) if by_seed else "" for by_seed in measured]
             described = [quality_report.setting_of(method), labels[quality_report.family_of(method)]]
-            rows.append([name, *described, *shown, percent(over_kinds(result["untrained"]["dense"]))])
-    return markdown(["LLaVA", "setting", "method", *(f"{steps:,} steps" for steps in lengths), "dense LLaVA"], rows)
+            dense = percent(over_kinds(result["untrained"]["dense"]))
+            rows.append([name, *described, *shown, dense, f"{flops[name][method]:.0%}"])
+    columns = [*(f"{steps:,} steps" for steps in lengths), "dense LLaVA", "FLOPs in LLaVA-1.5"]
+    return markdown(["LLaVA", "setting", "method", *columns], rows)
 
 
 def figures(record: dict) -> dict:

@@ -48,7 +48,10 @@ def test_what_is_there_is_not_measured_again_and_more_steps_are_added(studied, t
     cells = json.loads(output.read_text())["models"]["tiny-llava"]["cells"]
     assert cells["1"]["dpvr/3/trained"]["0"] == cell
     assert {steps: sorted(by_method) for steps, by_method in cells.items()} == dict.fromkeys("12", sorted(METHODS))
-    assert "| LLaVA | setting | method | 1 steps | 2 steps | dense LLaVA |" in capsys.readouterr().out
+    assert (
+        "| LLaVA | setting | method | 1 steps | 2 steps | dense LLaVA | FLOPs in LLaVA-1.5 |"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_table_has_means_over_kinds_and_intervals_over_seeds_by_hand(studied):
@@ -56,11 +59,11 @@ def test_the_table_has_means_over_kinds_and_intervals_over_seeds_by_hand(studied
     by_seed = {"0": dict.fromkeys(kinds, 0.5), "1": dict.fromkeys(kinds, 0.5) | {kinds[0]: 0.9}}
     result = {"cells": {"800": {METHODS[0]: by_seed}, "5": {}}, "untrained": {"dense": {"0": dict.fromkeys(kinds, 1)}}}
     rows = training_steps.table({"models": {"tiny-llava": result}}).splitlines()
-    assert rows[0] == "| LLaVA | setting | method | 5 steps | 800 steps | dense LLaVA |"
+    assert rows[0] == "| LLaVA | setting | method | 5 steps | 800 steps | dense LLaVA | FLOPs in LLaVA-1.5 |"
     # Half of 10 by Student's t of one degree of freedom, 12.7
-    assert rows[2] == "| tiny-llava | 3 | DPVR, side branch trained |  | 55.0 ± 63.5 | 100.0 |"
-    assert rows[3] == "| tiny-llava | 3 | VTW, last layer trained |  |  | 100.0 |"
-    assert rows[4] == "| tiny-llava | 4/0.5 | FastV, last layer trained |  |  | 100.0 |"
+    assert rows[2] == "| tiny-llava | 3 | DPVR, side branch trained |  | 55.0 ± 63.5 | 100.0 | 48% |"
+    assert rows[3] == "| tiny-llava | 3 | VTW, last layer trained |  |  | 100.0 | 45% |"
+    assert rows[4] == "| tiny-llava | 4/0.5 | FastV, last layer trained |  |  | 100.0 | 78% |"
 
 
 def test_figures_by_hand():
