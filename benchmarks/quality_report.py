@@ -171,15 +171,20 @@ EQUAL = {  # what is compared where it keeps as much: family by method
 }
 
 
+def shares_of_dense(entries: list[Entry]) -> dict[tuple[str, str], np.ndarray]:
+    """By LLaVA and method the accuracy, the mean of all kinds, as shares of the dense model's, one for each seed."""
+    dense = {entry.model: entry.accuracy["all"] for entry in entries if entry.name == "dense"}
+    return {(entry.model, entry.name): entry.accuracy["all"] / dense[entry.model] for entry in entries}
+
+
 def cheapest_settings(entries: list[Entry]) -> dict[tuple[str, str], list[tuple[Entry, np.ndarray] | None]]:
     """By LLaVA and method the setting that keeps `KEPT` of dense accuracy, on the mean of all kinds, for the fewest
     FLOPs, and the one for the fewest bytes, with what it keeps in each seed; None where none keeps as much."""
-    settings, models = {}, dict.fromkeys(entry.model for entry in entries)
-    for model, (method, family) in product(models, EQUAL.items()):
-        beside = [entry for entry in entries if entry.model == model]
-        dense = next(entry for entry in beside if entry.name == "dense").accuracy["all"]
-        kept = [(entry, entry.accuracy["all"] / dense) for entry in beside if entry.family == family]
-        enough = [pair for pair in kept if pair[1].mean() >= KEPT]
+    settings, kept = {}, shares_of_dense(entries)
+    for model, (method, family) in product(dict.fromkeys(entry.model for entry in entries), EQUAL.items()):
+        asked = [entry for entry in entries if (entry.model, entry.family) == (model, family)]
+        pairs = [(entry, kept[model, entry.name]) for entry in asked]
+        enough = [pair for pair in pairs if pair[1].mean() >= KEPT]
         settings[model, method] = [
             min(enough, key=lambda pair: getattr(pair[0], cost), default=None) for cost in ("flops", "kv_bytes")
         ]
@@ -223,21 +228,15 @@ def figures(record: dict) -> dict:
         cost LLaVA-1.5-7B, as shares of its FLOPs, by LLaVA and method.
     """
     entries, own = summarize(record), depths(record)
-    dense = {entry.model: entry.accuracy["all"] for entry in entries if entry.name == "dense"}
-    kept = {model: {} for model in own}
-    for entry in entries:
-        kept[entry.model][entry.name] = float((entry.accuracy["all"] / dense[entry.model]).mean())
-    kept_from = {}
+    kept, kept_from, flops = ({model: {} for model in own} for _ in range(3))
+    for (model, name), shares in shares_of_dense(entries).items():
+        kept[model][name] = float(shares.mean())
     for model, num_layers in own.items():
         less = [layer for layer in range(1, num_layers) if kept[model][f"dpvr/{layer}/trained with fusion"] < KEPT]
         kept_from[model] = max(less, default=0) + 1
-    llava = accounting.dense_config(DPVRConfig())
-    flops = {}
-    for model, num_layers in own.items():
-        settings = settings_at_depth(entries, model, num_layers, llava.text_config.num_hidden_layers)
-        flops[model] = {
-            name: relative_cost(llava, setting, ONE_PROMPT)[0] for name, (setting, _) in settings.items() if setting
-        }
+    for (model, method), (fewest, _) in cheapest_in_llava(entries, own).items():
+        if fewest is not None:
+            flops[model][method] = fewest
     return {"kept": kept, "kept_from": kept_from, "flops_in_llava": flops}
 
 
@@ -273,6 +272,25 @@ def settings_at_depth(entries: list[Entry], model: str, own: int, num_layers: in
     }
 
 
+def cost_in_llava(method, num_layers: int) -> tuple[float, float]:
+    """FLOPs and bytes of a method of a LLaVA of `num_layers` layers in LLaVA-1.5-7B, at the same shares of its depth,
+    as shares of that one's own."""
+    llava = accounting.dense_config(DPVRConfig())
+    return relative_cost(llava, at_depth_share(method, num_layers, llava.text_config.num_hidden_layers), ONE_PROMPT)
+
+
+def cheapest_in_llava(
+    entries: list[Entry], own_depths: dict[str, int]
+) -> dict[tuple[str, str], tuple[float | None, float | None]]:
+    """By LLaVA and method the FLOPs and the bytes of the cheapest settings, as of `cost_in_llava`."""
+    costs = {}
+    for (model, method), pairs in cheapest_settings(entries).items():
+        found = quality_methods.methods(own_depths[model])
+        settings = [pair and cost_in_llava(found[pair[0].name], own_depths[model]) for pair in pairs]
+        costs[model, method] = tuple(cost and cost[i] for i, cost in enumerate(settings))
+    return costs
+
+
 def costs_in_llava(record: dict) -> str:
     """`costs_at_llavas_depth` of the embedded LLaVAs."""
     return costs_at_llavas_depth(summarize(record), depths(record))
@@ -285,12 +303,10 @@ def costs_at_llavas_depth(entries: list[Entry], own_depths: dict[str, int]) -> s
     Args:
         own_depths: decoder layers of the LLaVAs, a column for each and each cost.
     """
-    llava, rows = accounting.dense_config(DPVRConfig()), [[name] for name in EQUAL]
-    depth = llava.text_config.num_hidden_layers
-    for model, own in own_depths.items():
-        for row, settings in zip(rows, settings_at_depth(entries, model, own, depth).values(), strict=True):
-            for i, method in enumerate(settings):
-                row.append("none" if method is None else f"{relative_cost(llava, method, ONE_PROMPT)[i]:.0%}")
+    costs, rows = cheapest_in_llava(entries, own_depths), []
+    for method in EQUAL:
+        found = [cost for model in own_depths for cost in costs[model, method]]
+        rows.append([method, *("none" if cost is None else f"{cost:.0%}" for cost in found)])
     return markdown(["method", *(f"{m}: {cost}" for m in own_depths for cost in ("FLOPs", "KV"))], rows)
 
 

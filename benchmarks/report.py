@@ -48,13 +48,13 @@ from scripts import run_transformers_tests, saturation_report
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
+REPORTS = {"quality": "quality_report"}  # by benchmark
 FIGURES = ROOT / "figures"
 JOINT, VISION, TEXT, INK = "#8e7cc3", "#e69138", "#3d85c6", "#222222"
 TABLE = re.compile(r"(<!-- begin:(?P<name>[^ ]+) -->\n)(?P<content>.*?)(<!-- end:(?P=name) -->)", re.DOTALL)
 VALUE = re.compile(
     r"(<!-- value:(?P<path>[^|]+?)(?:\|(?P<format>[^ ]+))? -->)(?P<content>.*?)(<!-- /value -->)", re.DOTALL
 )
-REPORTS = {"quality": "quality_report"}  # by benchmark
 MARKER = re.compile(r"<!-- (?:begin:|end:|value:|/value).*?-->")
 
 

@@ -17,18 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks import accounting, quality, quality_methods, quality_report
+from benchmarks import quality, quality_methods, quality_report
 from benchmarks.command import GOES_ON, check_output, run_command, write_record
 from benchmarks.quality_methods import LAST, Routing, TrainedLast
 from benchmarks.quality_report import percent
 from benchmarks.side_branch_seeds import check_weights, read_results
 from benchmarks.tables import markdown
-from configuration_dpvr import DPVRConfig
 from scripts.train_tiny_llava import LONG_BATCH, versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "training_steps.json"
@@ -91,7 +90,7 @@ def table(record: dict) -> str:
     what the setting would cost LLaVA-1.5-7B."""
     lengths = sorted({int(steps) for result in record["models"].values() for steps in result["cells"]})
     labels, rows = {family: label for label, family in quality_report.EQUAL.items()}, []
-    flops = figures(record)["flops_in_llava"]
+    flops = flops_in_llava(record)
     for name, result in record["models"].items():
         for method in STUDIED[name]:
             measured = [result["cells"].get(str(steps), {}).get(method, {}) for steps in lengths]
@@ -109,38 +108,31 @@ def figures(record: dict) -> dict:
     Returns:
         `right`: by LLaVA, steps and method the right answers, the mean of all kinds and seeds. `gained`: by LLaVA and
         method what the most steps give beyond the fewest. `side_branch_adds`: by LLaVA and steps what DPVR at layer 1,
-        its fusion layer trained, has beyond the same without a side branch. `flops_in_llava`: by LLaVA and method the
-        share of LLaVA-1.5-7B's FLOPs that it costs at the same share of its depth.
+        its fusion layer trained, has beyond the same without a side branch. `flops_in_llava`: as of that function.
     """
-    right: dict[str, dict[str, dict[str, float]]] = {}
+    right, gained, adds = ({name: {} for name in record["models"]} for _ in range(3))
     for name, result in record["models"].items():
-        for steps, cells in result["cells"].items():
+        by_method: dict[str, list[float]] = {}
+        for steps in sorted(result["cells"], key=int):
+            cells = result["cells"][steps]
             means = {method: 100 * float(over_kinds(by_seed).mean()) for method, by_seed in cells.items() if by_seed}
-            right.setdefault(name, {})[steps] = means
-    llava, gained, adds, flops = accounting.dense_config(DPVRConfig()), {}, {}, {}
-    for name, by_steps in right.items():
-        lengths: dict[str, list[int]] = {}
-        for steps, means in by_steps.items():
-            for method in means:
-                lengths.setdefault(method, []).append(int(steps))
-        gained[name] = {
-            method: by_steps[str(max(found))][method] - by_steps[str(min(found))][method]
-            for method, found in lengths.items()
-            if len(found) > 1
-        }
-        adds[name] = {
-            steps: means[WITH_FUSION] - means[WITHOUT_BRANCH]
-            for steps, means in by_steps.items()
-            if {WITH_FUSION, WITHOUT_BRANCH} <= means.keys()
-        }
-        num_layers = AutoConfig.from_pretrained(ROOT / "examples" / name).text_config.num_hidden_layers
-        found, depth = quality_methods.methods(num_layers), llava.text_config.num_hidden_layers
-        moved = {method: quality_report.at_depth_share(found[method], num_layers, depth) for method in STUDIED[name]}
-        flops[name] = {
-            method: quality_methods.relative_cost(llava, there, quality_report.ONE_PROMPT)[0]
-            for method, there in moved.items()
-        }
-    return {"right": right, "gained": gained, "side_branch_adds": adds, "flops_in_llava": flops}
+            right[name][steps] = means
+            for method, mean in means.items():
+                by_method.setdefault(method, []).append(mean)
+            if {WITH_FUSION, WITHOUT_BRANCH} <= means.keys():
+                adds[name][steps] = means[WITH_FUSION] - means[WITHOUT_BRANCH]
+        gained[name] = {method: means[-1] - means[0] for method, means in by_method.items() if len(means) > 1}
+    return {"right": right, "gained": gained, "side_branch_adds": adds, "flops_in_llava": flops_in_llava(record)}
+
+
+def flops_in_llava(record: dict) -> dict[str, dict[str, float]]:
+    """By LLaVA and method what its setting would cost LLaVA-1.5-7B at the same share of its depth, as a share of its
+    FLOPs."""
+    costs = {}
+    for name, num_layers in quality_report.depths(record).items():
+        found = quality_methods.methods(num_layers)
+        costs[name] = {method: quality_report.cost_in_llava(found[method], num_layers)[0] for method in STUDIED[name]}
+    return costs
 
 
 def over_kinds(by_seed: dict[str, dict[str, float]]) -> np.ndarray:
