@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import shlex
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +46,7 @@ from write_checkpoint import (
     check_disk,
     check_empty,
     check_output,
+    interrupted_by_sigterm,
     link_files,
     plan_shards,
     staged,
@@ -674,19 +674,17 @@ def main(arguments: list[str] | None = None) -> int:
             validate_repo_id(repo)
         except HFValidationError as error:
             parser.error(f"--push-to-hub: {error}")
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        summary = convert(**options, progress=True)
-        say(str(summary))
-        return try_to_push(summary.output, repo, private) if repo and summary.output else 0
-    except (ConversionError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one was", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with interrupted_by_sigterm():
+        try:
+            summary = convert(**options, progress=True)
+            say(str(summary))
+            return try_to_push(summary.output, repo, private) if repo and summary.output else 0
+        except (ConversionError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on where this one was", file=sys.stderr)
+            return 130
 
 
 def say(text: str) -> None:

@@ -5,7 +5,6 @@
 import argparse
 import json
 import math
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from read_weights import reason
+from write_checkpoint import interrupted_by_sigterm
 
 # What an interrupted command has kept
 GOES_ON = "what was measured so far is in --output, and the same command goes on from there"
@@ -24,14 +24,12 @@ NOTHING = "nothing was written"
 def run_command(main: Callable[[], int | None], kept: str) -> int:
     """The exit status of a command; of an interrupted one, by Ctrl-C or SIGTERM, 130, with a line that says what was
     kept."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which temporary folders go, too
-    try:
-        return main() or 0
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {kept}", file=sys.stderr)  # below a progress bar
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with interrupted_by_sigterm():
+        try:
+            return main() or 0
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; {kept}", file=sys.stderr)  # below a progress bar
+            return 130
 
 
 def usable_device(text: str) -> str:

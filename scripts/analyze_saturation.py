@@ -17,7 +17,6 @@ import os
 import random
 import resource
 import shlex
-import signal
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
 from training.data import BadRowError, read_picture, read_turn
 from training.data import read_rows as read_conversations
+from write_checkpoint import interrupted_by_sigterm
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -639,22 +639,20 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.kl_threshold >= 0:
         parser.error(f"--kl-threshold {args.kl_threshold} must be at least 0")
     is_restart = args.restart
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        print(summary_text(analyze(args)))
-    except (AnalysisError, ConversionError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        where = f"goes on from {args.output / 'samples.jsonl'}"
-        if args.restart:
-            where = "starts anew: nothing was discarded yet"
-        elif is_restart:
-            where = f"without --restart {where}"
-        print(f"interrupted; the same command {where}", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with interrupted_by_sigterm():
+        try:
+            print(summary_text(analyze(args)))
+        except (AnalysisError, ConversionError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            where = f"goes on from {args.output / 'samples.jsonl'}"
+            if args.restart:
+                where = "starts anew: nothing was discarded yet"
+            elif is_restart:
+                where = f"without --restart {where}"
+            print(f"interrupted; the same command {where}", file=sys.stderr)
+            return 130
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GiB\n{args.output / 'report.html'}")
     return 0

@@ -9,7 +9,6 @@ The base is a DPVR, or the LLaVA that one is made from. The output folder appear
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +30,7 @@ from training.adapters import (
     share_weights,
 )
 from training.card import RUN_FILE
-from write_checkpoint import check_empty, check_output
+from write_checkpoint import check_empty, check_output, interrupted_by_sigterm
 
 
 def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, dtype: str = "auto") -> None:
@@ -81,17 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
     dtypes = ("auto", "bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the base (default: auto, as stored)")
     options = parser.parse_args(arguments)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        merge(options.base, options.adapter, options.output, options.subfolder, options.dtype)
-    except (OSError, SafetensorError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing is left behind", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with interrupted_by_sigterm():
+        try:
+            merge(options.base, options.adapter, options.output, options.subfolder, options.dtype)
+        except (OSError, SafetensorError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted; nothing is left behind", file=sys.stderr)
+            return 130
     print(f"{options.output}: {options.base} with {options.adapter}; it loads without PEFT")
     return 0
 
