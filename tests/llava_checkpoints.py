@@ -246,3 +246,10 @@ def refuse_links(monkeypatch, code: int = errno.EXDEV) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", link)
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of a number near the end of a file, as a disk may."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)

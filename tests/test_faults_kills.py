@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from kill_conversions import contents, identities
-from llava_checkpoints import make_llava, read_output, refuse_links, write_llava_hf
+from llava_checkpoints import flip_a_bit, make_llava, read_output, refuse_links, write_llava_hf
 from safetensors.torch import load_file, save_file
 
 import convert_llava_to_dpvr as converter
@@ -193,14 +193,12 @@ def test_a_finished_shard_that_was_replaced_by_a_link_is_written_again(tmp_path,
 def test_what_is_read_back_must_be_what_was_read(tmp_path, source, monkeypatch, dtype):
     sync = write_checkpoint.sync
 
-    def flip_a_bit(path: Path) -> None:
+    def spoil(path: Path) -> None:
         sync(path)
         if path.name == "model-00002-of-00009.safetensors.tmp" or path.name == "model-00002-of-00005.safetensors.tmp":
-            content = bytearray(path.read_bytes())
-            content[-3] ^= 4
-            path.write_bytes(content)
+            flip_a_bit(path)
 
-    monkeypatch.setattr(write_checkpoint, "sync", flip_a_bit)
+    monkeypatch.setattr(write_checkpoint, "sync", spoil)
     with pytest.raises(
         ConversionError, match=r"model\.\S+ in model-00002-of-\d+\.safetensors\.tmp differs from its source"
     ):

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from kill_conversions import contents
-from llava_checkpoints import IMAGE, TRANSFORMERS_4, make_llava, refuse_links, write_llava_hf, write_original
+from llava_checkpoints import (
+    IMAGE,
+    TRANSFORMERS_4,
+    flip_a_bit,
+    make_llava,
+    refuse_links,
+    write_llava_hf,
+    write_original,
+)
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import convert_llava_to_dpvr as converter
@@ -135,15 +143,13 @@ def test_a_copy_that_is_not_what_was_read_is_refused(tmp_path, monkeypatch):
     source, sync = write_llava_hf(tmp_path / "llava", make_llava()), os.fsync
     refuse_links(monkeypatch)
 
-    def flip_a_bit(descriptor: int) -> None:
+    def spoil(descriptor: int) -> None:
         sync(descriptor)
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if path.name.endswith(".safetensors.tmp"):
-            content = bytearray(path.read_bytes())
-            content[-3] ^= 4
-            path.write_bytes(content)
+            flip_a_bit(path)
 
-    monkeypatch.setattr(os, "fsync", flip_a_bit)
+    monkeypatch.setattr(os, "fsync", spoil)
     with pytest.raises(ConversionError, match=r"The copy of \S+\.safetensors differs from it when read back"):
         convert(source, tmp_path / "dpvr", link=True)
     assert [path.name for path in tmp_path.iterdir()] == ["llava"]
