@@ -6,10 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from processes import start_script
 from tiny import IMAGE, NUM_LAYERS, TOKENS_PER_IMAGE, make_batch, make_dpvr, make_llava, text_config, vision_config
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig, Qwen2Config
 
@@ -636,14 +635,12 @@ def test_where_no_token_moved_there_is_no_mean_angle():
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_results(digits_run, tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "analyze_saturation.py", "--output", tmp_path, "--questions", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        path = tmp_path / "samples.jsonl"
-        while time.monotonic() < deadline and not (path.is_file() and path.read_text().count("\n") >= 2):
-            time.sleep(0.005)
-        process.kill()
+    process = start_script(ROOT / "scripts" / "analyze_saturation.py", "--output", tmp_path, "--questions", 2)
+    deadline, path = time.monotonic() + 120, tmp_path / "samples.jsonl"
+    while time.monotonic() < deadline and not (path.is_file() and path.read_text().count("\n") >= 2):
+        time.sleep(0.005)
+    process.kill()
+    process.join()
     measured = path.read_text().count("\n")
     assert 2 <= measured < 8
     with path.open("a") as file:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from processes import run_script
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
@@ -29,14 +30,6 @@ from scripts.train_tiny_llava import generate_answers
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
 QUESTIONS = 25
-
-
-def command(*arguments, cwd=None):
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 
 def refusal(script, *arguments, monkeypatch, capsys) -> tuple[int, str]:
@@ -141,8 +134,8 @@ def test_the_embedded_files_are_small():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_has_help_with_examples(script):
-    assert "example" in command(script, "--help")
+def test_every_script_has_help_with_examples(script, tmp_path):
+    assert "example" in run_script(script, "--help", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize(
@@ -177,7 +170,7 @@ def test_an_interrupted_script_says_in_a_line_what_was_kept(script, options, sto
 
 def test_the_demo_writes_a_checkpoint_and_a_picture_and_can_be_run_again(tmp_path):
     for _ in range(2):
-        output = command(ROOT / "scripts" / "demo.py", "--questions", 2, cwd=tmp_path)
+        output = run_script(ROOT / "scripts" / "demo.py", "--questions", 2, cwd=tmp_path).stdout
         assert "KV-cache bytes" in output
         assert (tmp_path / "demo.png").stat().st_size > 10_000
         assert (tmp_path / "dpvr-tiny" / "config.json").is_file()
@@ -262,8 +255,8 @@ def test_numbers_that_mean_nothing_are_refused_with_a_sentence(
 def test_the_training_scripts_run_and_write_what_the_converter_takes(tmp_path):
     llava, adapter = tmp_path / "llava", tmp_path / "adapter"
     steps = ("--tower-steps", 1, "--text-steps", 1, "--steps", 1, "--questions", 1)
-    command(ROOT / "scripts" / "train_tiny_llava.py", *steps, "--output", llava)
-    command(
+    run_script(ROOT / "scripts" / "train_tiny_llava.py", *steps, "--output", llava)
+    run_script(
         *(ROOT / "scripts" / "train_tiny_side_branch.py", "--source", llava, "--output", adapter),
         *("--steps", 1, "--questions", 1),
     )
@@ -273,7 +266,7 @@ def test_the_training_scripts_run_and_write_what_the_converter_takes(tmp_path):
 
 def test_another_llava_is_trained_on_the_tower_of_one_that_is_there(tmp_path):
     steps = ("--text-steps", 1, "--steps", 1, "--questions", 1, "--layers", 2)
-    command(
+    run_script(
         *(ROOT / "scripts" / "train_tiny_llava.py", *steps, "--output", tmp_path / "llava"),
         *("--tower", EXAMPLES / "tiny-llava"),
     )
@@ -338,4 +331,8 @@ def test_a_run_without_tests_is_an_error_and_recorded_nowhere(code, report, mess
     "TRANSFORMERS_CHECKOUT" not in os.environ, reason="set TRANSFORMERS_CHECKOUT to a checkout's folder"
 )
 def test_transformers_own_tests_pass_wherever_llavas_do():
-    command("scripts/run_transformers_tests.py", os.environ["TRANSFORMERS_CHECKOUT"], cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "scripts/run_transformers_tests.py", os.environ["TRANSFORMERS_CHECKOUT"]],
+        cwd=ROOT,
+        check=True,
+    )

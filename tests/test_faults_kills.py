@@ -2,7 +2,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """A conversion that is killed, or whose disk refuses: complete or not at all, and it goes on where it was."""
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import signal
@@ -343,21 +345,17 @@ def test_a_mount_point_and_a_loop_of_links_are_refused_before_anything_is_writte
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_conversion_whose_summary_nobody_can_be_told_is_one_all_the_same(tmp_path, source):
-    for name, options in {
-        "full": {"PYTHONUNBUFFERED": "1"},
-        "late": {},
-        "\xf6": {"PYTHONIOENCODING": "ascii"},
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "convert_llava_to_dpvr.py", source, tmp_path / "late"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for name, stream in {
+        "full": io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True),  # noqa: SIM115
+        "\xf6": io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
     }.items():
-        with open(os.devnull if name == "\xf6" else "/dev/full", "w") as nowhere:
-            result = subprocess.run(
-                [sys.executable, ROOT / "convert_llava_to_dpvr.py", source, tmp_path / name],
-                stdout=nowhere,
-                stderr=subprocess.PIPE,
-                env={**os.environ, **options},
-                text=True,
-                check=False,
-            )
-        assert result.returncode == 0, result.stderr
+        with stream, contextlib.redirect_stdout(stream):
+            assert main([str(source), str(tmp_path / name)]) == 0
+    for name in ("late", "full", "\xf6"):
         assert (tmp_path / name / "config.json").is_file()
 
 

@@ -1,13 +1,11 @@
 """The model in pieces: offloaded, quantized, and split over processes. The same logits as one whole model gives."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from processes import run_script
 from tiny import DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
 from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
@@ -170,17 +168,7 @@ def test_two_processes_give_the_logits_of_one(folder, logits, tmp_path, kind):
     branch is split like the decoder."""
     program = tmp_path / "split.py"
     program.write_text(SPLIT.format(root=str(ROOT), rows=ROWS))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*launcher, str(program), kind, str(folder), str(tmp_path / "out")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script(program, kind, folder, tmp_path / "out", num_processes=2)
     whole = dict(make(0).named_parameters())
     for rank in range(2):
         split, shapes = torch.load(tmp_path / f"out.{rank}")

@@ -13,6 +13,7 @@ import urllib.request
 
 import pytest
 from conftest import ROOT
+from processes import run_script
 
 from convert_llava_to_dpvr import convert
 
@@ -224,7 +225,7 @@ def test_an_image_among_the_options_of_a_chat_is_refused(server, picture, folder
 
 
 def test_a_model_that_is_not_there_ends_the_command_in_a_sentence():
-    result = subprocess.run([sys.executable, *OURS, "nowhere"], capture_output=True, text=True, check=False)
+    result = run_script(*OURS, "nowhere", check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: nowhere does not exist: give the folder of a checkpoint")
     assert "Traceback" not in result.stderr

@@ -4,18 +4,21 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import accounting, compiled, speed
 from benchmarks.baselines import fastv, pyramid_drop, vtw
+from benchmarks.make_random_llava import make_config
 
 SMALL = ["--layers", "4", "--hidden-size", "128", "--prompts", "576+8", "--repeats", "1", "--device", "cpu"]
 SMALL += ["--dtype", "float32"]
 
 
 def run(monkeypatch, script, path, *options):
+    monkeypatch.setattr(speed, "make_config", partial(make_config, tower_layers=2))
     monkeypatch.setattr(sys, "argv", ["benchmark", *SMALL, *options, "--output", str(path)])
     assert script.main() == 0
     return json.loads(path.read_text())

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import errno
+import inspect
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from peft import get_peft_model_state_dict
 from PIL import Image
+from processes import run_script, start_script
 from safetensors.torch import load_file, save_file
 from tiny import make_llava
 from tiny_training import gradients, shared_model, staged, training_batch
@@ -48,7 +50,7 @@ from training.data import (
     read_rows,
 )
 from training.staged import IGNORED, LOSSES, StagedModel, collate_rows, predicts, split_rows
-from training.trainer import TRAINED_WEIGHTS, GroupedByLength, SideBranchTrainer, last_checkpoint
+from training.trainer import TRAINED_WEIGHTS, GroupedByLength, SideBranchTrainer, end_process, last_checkpoint
 
 
 def assert_same(actual, expected, tolerance=1e-6):
@@ -290,16 +292,7 @@ def test_processes_of_which_one_has_no_image_train_as_one_process_does(tmp_path)
         model(**batch, num_items_in_batch=count)["loss"].backward()
     expected = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
     (tmp_path / "run.py").write_text(PROCESSES.format(root=str(ROOT), count=count))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launcher, str(tmp_path / "run.py"), str(tmp_path / "out")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script(tmp_path / "run.py", tmp_path / "out", num_processes=2)
     for kind in ("ddp", "fsdp2"):
         for rank in range(2):
             assert_same(torch.load(tmp_path / f"out.{kind}.{rank}"), expected, 1e-5)
@@ -310,9 +303,10 @@ def test_one_of_several_processes_ends_before_the_interpreter_does(variables):
     """What may still happen then aborts it. Its output, its status, its threads and what is due at its exit are not
     lost."""
     program = f"""
-import atexit, sys, threading, time
-sys.path.insert(0, {str(ROOT)!r})
-from training.trainer import end_process
+import atexit, os, sys, threading, time
+from typing import NoReturn
+
+{inspect.getsource(end_process)}
 
 class Kept:
     def __del__(self, write=print):
@@ -1019,19 +1013,14 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_was_not(embedded, pict
     """With batches in random order, over several epochs, from the data and from cached features."""
     options = ("--num_train_epochs", 3, "--save_steps", 4, "--cache-features", tmp_path / "features")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "scripts" / "train_side_branch.py")]
-    process = subprocess.Popen(
-        [*command, *train(embedded, pictures, killed, *options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    script = ROOT / "scripts" / "train_side_branch.py"
+    process = start_script(script, *train(embedded, pictures, killed, *options))
     deadline = time.monotonic() + 300
-    while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
+    while last_checkpoint(killed) is None and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (killed / "training.json").exists()
     with pytest.raises(SystemExit):
         train_side_branch.main(train(embedded, pictures, killed, *options))
@@ -1250,10 +1239,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_a_batch_holds(embedd
         if num_processes == 1:
             assert train_side_branch.main(arguments) == 0
         else:
-            command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-            command = [sys.executable, "-m", *command, str(ROOT / "scripts" / "train_side_branch.py"), *arguments]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
+            run_script(ROOT / "scripts" / "train_side_branch.py", *arguments, num_processes=num_processes)
         return json.loads((tmp_path / name / "training.json").read_text())["eval_loss_curve"][-1][1]
 
     expected = held_out("one", "--per_device_eval_batch_size", 3)
@@ -1486,22 +1472,13 @@ def test_accelerates_fsdp2_trains_and_resumes_as_one_process_does(embedded, pict
     assert train_side_branch.main(train(base, pictures, one, *options)) == 0
     program = tmp_path / "program.py"
     program.write_text(SHARDED.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
-    command += train(base, pictures, sharded, *options, "--per_device_train_batch_size", 1)
-    command.remove("--use_cpu")
-    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"}
+    arguments = train(base, pictures, sharded, *options, "--per_device_train_batch_size", 1)
+    arguments.remove("--use_cpu")
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
     written = []
     for resume in ([], ["--resume"]):
-        result = subprocess.run(
-            [*command, *resume],
-            env={**os.environ, **environment, **variables},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+        run_script(program, *arguments, *resume, num_processes=2, **environment, **variables)
         assert losses(sharded) == pytest.approx(losses(one), abs=1e-5)
         expected, actual = (load_file(folder / "adapter_model.safetensors") for folder in (one, sharded))
         assert_same(actual, expected, 1e-5)
@@ -1515,20 +1492,13 @@ def test_the_trl_example_trains_a_checkpoint_in_half_precision_in_small_steps(tm
     pytest.importorskip("trl")
     model, adapter = tmp_path / "dpvr", tmp_path / "adapter"
     convert(ROOT / "examples" / "tiny-llava", model, saturation_layer=3)  # in float16, as its source
-    program = [sys.executable, str(ROOT / "examples" / "train_with_trl.py"), str(model), str(adapter)]
-    result = subprocess.run(
-        [*program, "--steps", "3", "--rows", "12"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    program = ROOT / "examples" / "train_with_trl.py"
+    run_script(program, model, adapter, "--steps", 3, "--rows", 12, CUDA_VISIBLE_DEVICES="")
     adapted = load_adapter(AutoModel.from_pretrained(model, trust_remote_code=True), adapter)
     weights = [w for name, w in adapted.named_parameters() if "ln_tuning_layers" in name and "down_proj" in name]
     assert 0 < weights[0].abs().max() < 0.01  # from zero, by three steps of Adam at 1e-3
     for option in ("--steps", "--rows"):
-        refused = subprocess.run([*program, option, "0"], capture_output=True, text=True, check=False)
+        refused = run_script(program, model, adapter, option, 0, check=False)
         assert refused.returncode == 2
         assert refused.stderr.endswith(f"error: {option} must be at least 1, got 0\n")
 
@@ -1542,8 +1512,8 @@ def test_the_trl_example_trains_a_checkpoint_in_half_precision_in_small_steps(tm
 )
 def test_the_trl_example_refuses_a_model_that_it_cannot_train(model, message, tmp_path):
     pytest.importorskip("trl")
-    program = [sys.executable, str(ROOT / "examples" / "train_with_trl.py"), model, str(tmp_path / "adapter")]
-    result = subprocess.run(program, capture_output=True, text=True, check=False)
+    program = ROOT / "examples" / "train_with_trl.py"
+    result = run_script(program, model, tmp_path / "adapter", cwd=tmp_path, check=False)
     assert result.returncode == 1
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
