@@ -4,8 +4,9 @@
 """`transformers serve`, except that what the processor refuses (a broken image, a wrong prompt) and requests that lack
 something are answered with status 400 and the reason, not 500. Some values of a wrong type get 500, as they do there.
 `stop` works, which gets 500 there with any model that has a processor.
-Refused with 400, too: another model than the one named here, whose code would run, and images that are no data:image/
-URLs, which would be read from this machine's files or from what it can reach.
+Refused with 400, too: several answers to a request (`n`), of which one would come there, another model
+than the one named here, whose code would run, and images that are no data:image/ URLs, which would be read from this
+machine's files or from what it can reach.
 
 Takes the arguments of `transformers serve` (`pip install transformers[serving]`). For example:
 
@@ -85,8 +86,11 @@ def read_messages(*args, **kwargs) -> list[dict]:
 
 
 def check_body(body: dict) -> None:
-    """Images that come beside the messages: assets of `/v1/systemone` become data: URLs, for their base64 might be a
-    path or an address, and options of a chat, which reach the processor, may hold none."""
+    """What `transformers serve` leaves unsaid: it gives one answer where several are asked for. And images that come
+    beside the messages: assets of `/v1/systemone` become data: URLs, for their base64 might be a path or an address,
+    and options of a chat, which reach the processor, may hold none."""
+    if body.get("n") not in (None, 1):
+        raise ValueError(f"n={body['n']!r:.40}: this server gives one answer a request. Leave n out, and ask again.")
     for asset in body.get("assets", {}).values():
         if not asset["data_base64"].startswith("data:"):
             asset["data_base64"] = f"data:image/png;base64,{asset['data_base64']}"

@@ -249,3 +249,12 @@ def test_a_request_that_lacks_something_gets_a_client_error_that_says_so(server,
     status, body = post(url, {"max_tokens": 2} if messages is None else {"messages": messages, "max_tokens": 2})
     assert status == 400 if is_ours else status >= 400, (status, body)
     assert not is_ours or "message" in json.loads(body)["error"]
+
+
+def test_several_answers_are_refused_where_one_would_come(server, picture):
+    if not server[1]:
+        pytest.skip("transformers serve gives one, whatever is asked for")
+    status, body = ask(server, data_url(picture[0]), QUESTION, n=2)
+    assert status == 400
+    assert "n=2: this server gives one answer" in json.loads(body)["error"]["message"]
+    assert ask(server, data_url(picture[0]), QUESTION, n=1)[0] == 200
