@@ -104,3 +104,13 @@ def test_numbers_that_mean_nothing_are_refused_before_anything_runs(monkeypatch,
         assert refused.value.code == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("times", "is_said"), [(1, False), (5, True)])
+def test_a_type_that_the_cpu_is_slow_in_is_told_before_anything_runs(monkeypatch, capsys, times, is_said):
+    monkeypatch.setattr(speed, "product_seconds", lambda dtype: 0.1 if dtype == torch.float32 else 0.1 * times)
+    for arguments in (["speed.py"], ["speed.py", "--dtype", "float32"]):
+        monkeypatch.setattr(sys, "argv", [*arguments, "--device", "cpu"])
+        speed.parse_args()
+        said = capsys.readouterr().err
+        assert ("bfloat16 takes about 5 times as long as float32" in said) == (is_said and len(arguments) == 1)
