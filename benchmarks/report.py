@@ -10,14 +10,16 @@ A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. NAME is on
 
 A figure within a sentence stands between `<!-- value:PATH -->` and `<!-- /value -->`. PATH is the name of a file in
 `benchmarks/results` and the keys and list positions in it, joined by full stops, with a Python format after a bar:
-`<!-- value:conversion.peak_gib|.2f -->1.31<!-- /value -->`. What a sentence says of a whole record, its benchmark's
-`figures(record)` work out: `<!-- value:quality.figures.KEY -->`. Sizes that follow from the geometry are those of
-`sizes`: `<!-- value:sizes.KEY -->`. Not at the start of a line, where Markdown would take the whole line for HTML.
+`<!-- value:conversion.peak_gib|.2f -->1.31<!-- /value -->`. A key that holds a full stop stands in double quotes.
+What a sentence says of a whole record, its benchmark's `figures(record)` work out:
+`<!-- value:quality.figures.KEY -->`. Sizes that follow from the geometry are those of `sizes`:
+`<!-- value:sizes.KEY -->`. Not at the start of a line, where Markdown would take the whole line for HTML.
 
 Plots are drawn into `figures/`. `--check` changes nothing, and fails if a page is not what the result files say.
 """
 
 import argparse
+import csv
 import functools
 import importlib
 import json
@@ -222,7 +224,7 @@ def sizes() -> dict[str, float]:
 def find_value(path: str):
     """The number or text at `FILE.KEY.KEY` in the result files, or of `figures` or `sizes`; a key may be a list
     position."""
-    stem, *keys = path.split(".")
+    stem, *keys = next(csv.reader([path], delimiter="."))  # what stands in double quotes is one key
     file = RESULTS / f"{stem.replace('-', '_')}.json"
     if stem == "sizes":
         value = sizes()
@@ -244,7 +246,7 @@ def fill_table(match: re.Match) -> str:
 
 
 def fill_value(match: re.Match) -> str:
-    if match.string[: match.start()].endswith("\n"):
+    if not match.string[: match.start()].rpartition("\n")[2].strip():
         raise ReportError(f"Value {match['path']} stands at the start of a line, which Markdown takes for HTML.")
     return f"{match[1]}{format(find_value(match['path']), match['format'] or '')}{match[5]}"
 

@@ -73,6 +73,14 @@ def test_a_figure_that_follows_from_a_record_is_worked_out_by_its_benchmark(resu
         report.fill(text.replace("most", "least"))
 
 
+def test_a_key_that_holds_a_full_stop_is_found_in_quotes(results):
+    (results / "made.json").write_text(json.dumps({"right": {"fastv/2/0.5": {"all": 71.4}, "fastv/2/0": {"5": 1}}}))
+    text = '<!-- value:made.right."fastv/2/0.5".all|.0f -->0<!-- /value -->'
+    assert report.fill(f"Of these {text}") == f"Of these {text}".replace("0<!", "71<!")
+    with pytest.raises(report.ReportError, match=r"made\.json has no fastv/2/0\.9\.$"):
+        report.fill(f"Of these {text}".replace("0.5", "0.9"))
+
+
 def test_sizes_are_those_of_the_weights_that_a_conversion_of_7b_writes():
     decoder_layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     found = {key: float(report.find_value(f"sizes.{key}")) for key in report.sizes()}
@@ -100,6 +108,7 @@ def test_what_differs_from_the_result_files_is_named(results, changed):
         (VALUE.replace("peak.1", "peak.2"), r"made\.json has no 2"),
         (VALUE.replace(".peak.1|.2f", ".peak"), "not one number"),
         ("\n" + VALUE.removeprefix("A peak of "), "start of a line"),
+        ("- two\n  " + VALUE.removeprefix("A peak of "), "start of a line"),
         (TABLE.replace("end:made", "end:mode"), "without their partners"),
         (VALUE.replace("<!-- /value -->", ""), "without their partners"),
     ],
