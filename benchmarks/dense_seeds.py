@@ -82,14 +82,37 @@ def costs_in_llava(record: dict) -> str:
 
 
 def figures(record: dict) -> dict:
-    """What the pages' sentences say of the record: by LLaVA and method how many of a hundred answers, the mean of all
-    kinds, dense LLaVA has right beyond it."""
+    """What the pages' sentences say of the record.
+
+    Returns:
+        `right`: right answers in percent, the mean of all kinds, by LLaVA and method, and `least`: those of the LLaVA
+        that has the fewest, by method. `lost`: by LLaVA and method how many of a hundred answers dense LLaVA has right
+        beyond it. `training_adds`: by LLaVA and layer those that DPVR, its side branch alone trained, has right beyond
+        the untrained one, and `recovered`: in percent of what that one loses. `fewest_flops`: as of
+        `quality_report.figures`.
+    """
     entries = summarize(record)
-    right = {(entry.model, entry.name): 100 * float(entry.accuracy["all"].mean()) for entry in entries}
-    lost: dict[str, dict[str, float]] = {}
-    for (model, name), accuracy in right.items():
-        lost.setdefault(model, {})[name] = right[model, "dense"] - accuracy
-    return {"lost": lost}
+    right, lost, adds, recovered = ({entry.model: {} for entry in entries} for _ in range(4))
+    least: dict[str, float] = {}
+    for entry in entries:
+        accuracy = right[entry.model][entry.name] = 100 * float(entry.accuracy["all"].mean())
+        least[entry.name] = min(accuracy, least.get(entry.name, accuracy))
+    for model, found in right.items():
+        lost[model] = {name: found["dense"] - accuracy for name, accuracy in found.items()}
+        for layer in map(str, range(1, NUM_LAYERS)):
+            untrained, trained = f"dpvr/{layer}/untrained", f"dpvr/{layer}/trained"
+            if {untrained, trained} <= found.keys():
+                adds[model][layer] = found[trained] - found[untrained]
+                if lost[model][untrained] > 0:
+                    recovered[model][layer] = 100 * adds[model][layer] / lost[model][untrained]
+    return {
+        "right": right,
+        "least": least,
+        "lost": lost,
+        "training_adds": adds,
+        "recovered": recovered,
+        "fewest_flops": quality_report.fewest_flops(entries),
+    }
 
 
 def by_layer(record: dict) -> str:

@@ -77,7 +77,18 @@ def test_llavas_count_once_each_by_hand(monkeypatch):
 def test_figures_by_hand(monkeypatch):
     entries = [entry("seed 0", "dense", 1, 0.75), entry("seed 0", "vtw/4", 0.5, 0.5), entry("seed 1", "dense", 1, 1)]
     monkeypatch.setattr(dense_seeds, "summarize", lambda record: entries)
-    assert dense_seeds.figures({})["lost"] == {"seed 0": {"dense": 0, "vtw/4": 25}, "seed 1": {"dense": 0}}
+    figures = dense_seeds.figures({})
+    assert figures["lost"] == {"seed 0": {"dense": 0, "vtw/4": 25}, "seed 1": {"dense": 0}}
+    assert figures["right"] == {"seed 0": {"dense": 75, "vtw/4": 50}, "seed 1": {"dense": 100}}
+    assert figures["least"] == {"dense": 75, "vtw/4": 50}
+    assert figures["fewest_flops"] == {}
+    assert figures["training_adds"] == {"seed 0": {}, "seed 1": {}}
+    entries += [entry("seed 1", "dpvr/4/untrained", 0.5, 0.5), entry("seed 1", "dpvr/4/trained", 0.5, 0.875)]
+    entries += [entry("seed 0", "dpvr/4/untrained", 0.5, 0.75), entry("seed 0", "dpvr/4/trained", 0.5, 0.75)]
+    figures = dense_seeds.figures({})
+    assert figures["training_adds"] == {"seed 0": {"4": 0}, "seed 1": {"4": 37.5}}
+    assert figures["recovered"] == {"seed 0": {}, "seed 1": {"4": 75}}  # nothing was lost in the first
+    assert figures["fewest_flops"] == {"seed 0": {"DPVR, side branch trained": 50}}
 
 
 def test_llavas_of_another_recipe_and_what_is_none_are_refused(other, tmp_path, capsys):

@@ -335,11 +335,21 @@ def test_figures_by_hand(monkeypatch):
     for layer in range(1, 8):
         right = np.array([0.5, 1.0]) * kept.get(layer, [1.0, 0.99])
         entries.append(Entry("tiny-llava", f"dpvr/{layer}/trained with fusion", layer / 10, 0.9, {"all": right}))
+    entries.append(Entry("tiny-llava", "vtw/3", 0.25, 0.9, {"all": np.array([0.49, 0.95])}))  # 98 and 95 % of dense
     monkeypatch.setattr(quality_report, "summarize", lambda record: entries)
     figures = quality_report.figures({"models": {"tiny-llava": {}}})
     assert figures["kept"]["tiny-llava"]["dense"] == 1
     assert figures["kept"]["tiny-llava"]["dpvr/1/trained with fusion"] == pytest.approx(0.985)
     assert figures["kept_from"] == {"tiny-llava": 3}
+    assert figures["right"]["tiny-llava"]["dense"] == 75
+    assert figures["right"]["tiny-llava"]["dpvr/3/trained with fusion"] == pytest.approx((50 + 98) / 2)
+    mean, half = figures["beyond"]["tiny-llava"]["dpvr/3/trained with fusion"]["vtw/3"]  # 50 - 49 and 98 - 95 points
+    assert mean == pytest.approx(2)
+    assert half == pytest.approx(12.7062, abs=1e-4)  # Student's t of one degree of freedom; the standard error is 1
+    assert figures["beyond"]["tiny-llava"]["vtw/3"].keys() == {"dpvr/3/trained with fusion"}
+    assert "dense" not in figures["beyond"]["tiny-llava"]
+    assert figures["flops"]["tiny-llava"]["vtw/3"] == 25
+    assert figures["fewest_flops"] == {"tiny-llava": {"DPVR, fusion layer trained too": pytest.approx(30)}}
     [(name, flops)] = figures["flops_in_llava"]["tiny-llava"].items()
     config = DPVRConfig(saturation_layer=12)  # layer 3 of 8
     dense = accounting.dense_config(config)
