@@ -978,8 +978,9 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             layers.extend(StaticStreamLayer(length) for _ in range(num_side_layers))
         else:
             slot_class = SlotLayer
-            for i in text_only:
-                layers[i] = StreamLayer() if type(layers[i]) is DynamicLayer else layers[i]
+            for i in text_only:  # sliding ones count their slots apart, and none comes to the end of its window
+                is_replaced = type(layers[i]) in (DynamicLayer, DynamicSlidingWindowLayer)
+                layers[i] = StreamLayer() if is_replaced else layers[i]
             layers.extend(StreamLayer() for _ in range(num_side_layers))
         layers.append(slot_class(layers[0], [layers[i] for i in text_only]))
         layers.append(slot_class(layers[0], layers[num_layers : num_layers + num_side_layers]))

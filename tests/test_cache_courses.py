@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import row_logits
-from tiny import CROPPED_CACHES, IMAGE, make_batch, make_dpvr
-from transformers import DynamicCache, StaticCache
+from tiny import CROPPED_CACHES, IMAGE, make_batch, make_dpvr, text_config
+from transformers import DynamicCache, MistralConfig, StaticCache
 
 ROWS = 3
 COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -18,12 +18,23 @@ calls = st.tuples(st.just("call"), parts, st.sampled_from(["left", "right"]), st
 steps = st.tuples(st.just("call"), st.just(["t"] * ROWS), st.just("left"), st.integers(0, 9))
 crops = st.tuples(st.just("crop"), st.floats(0, 1))
 orders = st.tuples(st.just("reorder"), st.lists(st.integers(0, ROWS - 1), min_size=ROWS, max_size=ROWS))
+# Through an image, and where the one row that filled the last slots is gone
+CROPS = [
+    ("call", ["ttI", "ttt", "t"], "left", 0),
+    ("call", ["tttt", "I", "I"], "left", 1),
+    ("reorder", [1, 1, 2]),
+    ("crop", 0.9),
+    ("call", ["tt", "t", "tt"], "left", 2),
+    ("crop", 0.4),
+    ("call", ["tI", "t", "I"], "left", 3),
+]
 courses = st.lists(st.one_of(calls, steps, crops, orders, st.tuples(st.just("copy"))), min_size=2, max_size=6)
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {geometry: make_dpvr(0, None, *geometry) for geometry in GEOMETRIES}
+    backbones = {False: text_config(), True: text_config(MistralConfig, sliding_window=200)}
+    return {(slides, *shape): make_dpvr(0, text, *shape) for slides, text in backbones.items() for shape in GEOMETRIES}
 
 
 class Conversation:
@@ -78,13 +89,15 @@ class Conversation:
         self.features = self.features[rows, columns]
 
 
-@pytest.mark.parametrize("kind", CROPPED_CACHES)
+@pytest.mark.parametrize("kind", [*CROPPED_CACHES, "sliding"])
 @settings(max_examples=30)
+@example(course=CROPS, geometry=(2, 1, 1))
 @given(course=courses, geometry=st.sampled_from(GEOMETRIES))
 def test_any_course_of_calls_crops_reorderings_and_copies_gives_the_oracles_logits(models, kind, course, geometry):
-    model = models[geometry]
-    static = {"config": model.config.text_config, "max_cache_len": 150}
-    conversation = Conversation(model, StaticCache(**static) if kind == "static" else DynamicCache())
+    model = models[kind == "sliding", *geometry]
+    text = model.config.text_config
+    cache = StaticCache(text, max_cache_len=150) if kind == "static" else DynamicCache(config=text)
+    conversation = Conversation(model, cache)
     with torch.no_grad():
         for act, *arguments in course:
             getattr(conversation, act)(*arguments)

@@ -504,9 +504,13 @@ def test_a_crop_after_which_rows_hold_unequal_numbers_of_a_kind_leaves_no_slot_t
         assert_close(after_crop(slice(None)), alone)
 
 
-def test_a_crop_of_what_a_sliding_layer_has_lost_is_refused():
-    model = make_dpvr(text=text_config(MistralConfig, sliding_window=16))
-    cache = model(**make_batch(["ttItt"])).past_key_values
+def test_a_crop_by_layers_that_know_nothing_of_streams_is_refused(model):
+    class OwnLayer(DynamicLayer):
+        pass
+
+    cache = DynamicCache()
+    cache.layers = [OwnLayer() for _ in range(NUM_LAYERS)]
+    model(**make_batch(["ttItt"]), past_key_values=cache)
     with pytest.raises(ValueError, match="dropped 5 tokens, but text-only layers hold fewer of those"):
         cache.crop(-5)
 
