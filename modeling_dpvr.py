@@ -1007,6 +1007,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
                 f"more. Pass a mask of {num_seen + length} columns."
             )
+        # Else it fails where the cache has the tokens' slots, but not their keys
+        if position_ids is not None and position_ids.shape[-1] != length:
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)} but this call holds {length} tokens. Pass those "
+                "of the new tokens alone."
+            )
         if attention_mask is None and position_ids is not None and length > 1:
             steps = position_ids.diff(dim=-1)  # without a cache, transformers reads any gap as the start of a sequence
             is_packed = is_packed or bool((steps != 1).any() if cache is None else (steps < 0).any())

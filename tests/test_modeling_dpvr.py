@@ -741,6 +741,20 @@ def test_a_mask_that_covers_too_few_tokens_is_refused_with_both_numbers(model):
             model(input_ids=torch.tensor([[9]]), attention_mask=batch["attention_mask"], past_key_values=cache)
 
 
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(config=text_config(), max_cache_len=30)])
+def test_positions_of_other_tokens_are_refused_and_leave_the_cache_as_it_was(model, make_cache):
+    def logits(wrong):
+        cache = make_cache()
+        model(**without(make_batch(["ttIt"]), "attention_mask"), past_key_values=cache)
+        for position_ids in wrong:
+            with pytest.raises(ValueError, match=r"position_ids has shape \(1, \d+\) but this call holds 2 tokens"):
+                model(input_ids=text, position_ids=position_ids, past_key_values=cache)
+        return model(input_ids=text, past_key_values=cache).logits
+
+    text = torch.tensor([[8, 9]])
+    assert torch.equal(logits([torch.arange(1)[None], torch.arange(9)[None]]), logits([]))
+
+
 def test_a_step_with_a_static_cache_and_a_mask_that_grows_reads_nothing_from_the_device(model, monkeypatch):
     cache, batch = StaticCache(config=text_config(), max_cache_len=30), make_batch(["ttItt"])
     with torch.no_grad():
