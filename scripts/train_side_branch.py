@@ -48,10 +48,12 @@ from training.staged import LOSSES, StagedModel, collate_rows
 from training.trainer import (
     SideBranchTrainer,
     check_facts,
+    check_finite,
     count_trainable,
     end_process,
     last_checkpoint,
     stated_facts,
+    trainable,
 )
 
 DEFAULTS = {
@@ -60,6 +62,7 @@ DEFAULTS = {
     "warmup_steps": 0.03,  # a share of all steps
     "num_train_epochs": 1.0,
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # it logs a training that has diverged as one whose loss is 0
     "save_steps": 500,
     "save_total_limit": 2,
     "max_grad_norm": 1.0,
@@ -393,6 +396,8 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
         state = trainer.accelerator.get_state_dict(trainer.model)
         state = {name.removeprefix("model."): weight for name, weight in state.items()}
     if trainer.args.should_save:
+        if state is None:  # sharded weights were looked at with the last checkpoint
+            check_finite(trainable(model), trainer.state.global_step)
         save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
         keeps_card = has_own_card(options.output)
         (options.output / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")

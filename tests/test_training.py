@@ -1033,6 +1033,16 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_was_not(embedded, pict
     assert losses(uncached) == pytest.approx(losses(whole), abs=1e-4)
 
 
+@pytest.mark.parametrize("saving", [("--save_steps", 1), ("--save_strategy", "no")])
+def test_a_training_that_diverges_ends_with_a_word_and_writes_no_adapter(embedded, pictures, tmp_path, capsys, saving):
+    options = ("--max_steps", 3, "--learning_rate", 1e38, "--warmup_steps", 0, "--max_grad_norm", 0, *saving)
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options)) == 1
+    printed = capsys.readouterr()
+    assert re.search(r"holds NaN or infinite values at step \d: the training has diverged", printed.err)
+    assert "'loss': '0'" not in printed.out
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_rows_of_like_length_are_grouped_without_being_loaded(embedded, pictures, tmp_path, monkeypatch):
     options = ("--train_sampling_strategy", "group_by_length", "--max_steps", 1)
     loaded, load = [], ConversationDataset.load

@@ -102,6 +102,20 @@ def stated_facts(checkpoint: str | Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def check_finite(weights: dict[str, torch.Tensor], step: int) -> None:
+    """
+    Raises:
+        ValueError: naming the first weight that is no longer a number.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite values at step {step}: the training has diverged, and what it would "
+                "write is of no use. Checkpoints of earlier steps are kept. Train into another folder, with a lower "
+                "--learning_rate."
+            )
+
+
 def check_facts(checkpoint: str | Path, stated: dict[str, str], facts: dict[str, str]) -> None:
     """Compares what a checkpoint states of its run, as far as it does, with this run's.
 
@@ -229,6 +243,7 @@ class SideBranchTrainer(Trainer):
             weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
             # A copy: of a weight that FSDP has gathered, the storage goes with the next state_dict
             weights[name] = weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+        check_finite(weights, self.state.global_step)
         metadata = {"format": "pt", **self.facts, **describe_training(self.model.base)}
         metadata["seconds"] = str(self.seconds_trained())
         if self.args.should_save:
