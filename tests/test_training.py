@@ -1033,6 +1033,15 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_was_not(embedded, pict
     assert losses(uncached) == pytest.approx(losses(whole), abs=1e-4)
 
 
+def test_a_run_that_goes_on_at_its_end_trains_no_step_more(embedded, pictures, tmp_path):
+    options = ("--max_steps", 3)  # of the five of an epoch
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options)) == 0
+    before = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options, "--resume")) == 0
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["hyperparameters"]["steps"] == 3
+    assert all(map(torch.equal, before.values(), load_file(tmp_path / "out" / "adapter_model.safetensors").values()))
+
+
 @pytest.mark.parametrize("saving", [("--save_steps", 1), ("--save_strategy", "no")])
 def test_a_training_that_diverges_ends_with_a_word_and_writes_no_adapter(embedded, pictures, tmp_path, capsys, saving):
     options = ("--max_steps", 3, "--learning_rate", 1e38, "--warmup_steps", 0, "--max_grad_norm", 0, *saving)

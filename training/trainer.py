@@ -284,6 +284,11 @@ class SideBranchTrainer(Trainer):
                     weight.copy_(value)
         return stated
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As the Trainer does, but for a run that goes on at its end, which would train one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         self._load_trained(self.state.best_model_checkpoint)
 
