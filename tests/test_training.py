@@ -1310,13 +1310,19 @@ def test_a_run_goes_on_with_its_own_options_alone(embedded, pictures, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("file", "kept"), [(TRAINED_WEIGHTS, 100), ("optimizer.pt", 100), ("optimizer.pt", 0), ("rng_state.pth", 100)]
+    ("file", "kept"),
+    [
+        *((TRAINED_WEIGHTS, kept) for kept in (100, None)),
+        *(("optimizer.pt", kept) for kept in (100, 0, None)),
+        ("scheduler.pt", None),
+        ("rng_state.pth", 100),
+    ],
 )
-def test_a_checkpoint_that_is_damaged_is_named(embedded, pictures, tmp_path, capsys, file, kept):
+def test_a_checkpoint_that_is_damaged_or_lacks_a_file_is_named(embedded, pictures, tmp_path, capsys, file, kept):
     options = ("--save_steps", 1, "--max_steps")
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options, 2)) == 0
     damaged = tmp_path / "out" / "checkpoint-2" / file
-    damaged.write_bytes(damaged.read_bytes()[:kept])
+    damaged.unlink() if kept is None else damaged.write_bytes(damaged.read_bytes()[:kept])
     resumed = train(embedded, pictures, tmp_path / "out", *options, 3, "--resume")
     assert train_side_branch.main(resumed) == 1
     assert re.search(r"error: \S*checkpoint-2 is damaged: .+ Delete that folder", capsys.readouterr().err)

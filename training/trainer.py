@@ -78,22 +78,26 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(finished)[1] if finished else None
 
 
+def damaged(checkpoint: str | Path, why: str) -> ValueError:
+    return ValueError(
+        f"{checkpoint} is damaged: {why}. Delete that folder: --resume then goes on from the checkpoint before it, if "
+        "there is one."
+    )
+
+
 @contextlib.contextmanager
 def as_damaged(checkpoint: str | Path):
-    """What comes of reading a file of a checkpoint that was cut off, as a sentence.
+    """What comes of reading a file of a checkpoint that was cut off, or is gone, as a sentence.
 
     Raises:
         ValueError
     """
     try:
         yield
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, FileNotFoundError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):  # no fault of the file
             raise
-        raise ValueError(
-            f"{checkpoint} is damaged: {reason(error)}. Delete that folder: --resume then goes on from the checkpoint "
-            "before it, if there is one."
-        ) from error
+        raise damaged(checkpoint, reason(error)) from error
 
 
 def stated_facts(checkpoint: str | Path) -> dict[str, str]:
@@ -293,6 +297,14 @@ class SideBranchTrainer(Trainer):
         self._load_trained(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does, which would begin anew what is missing.
+
+        Raises:
+            ValueError
+        """
+        for pattern in ("optimizer*", SCHEDULER_NAME) if checkpoint else ():
+            if not any(Path(checkpoint).glob(pattern)):
+                raise damaged(checkpoint, f"it has no {pattern}")
         with as_damaged(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
