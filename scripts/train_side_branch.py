@@ -170,6 +170,10 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
             parser.error(f"--{name.replace('_', '-')} {path} does not exist")
     if options.peft_config and not (options.peft_config / CONFIG_FILE).is_file():
         parser.error(f"--peft-config {options.peft_config}: give a folder that holds an {CONFIG_FILE}")
+    if (options.output / "config.json").exists():
+        parser.error(
+            f"--output {options.output} holds a model, which would load with the adapter from then on: give another folder"
+        )
     is_resumable = last_checkpoint(options.output) is not None
     if is_resumable and not options.resume:
         parser.error(

@@ -1168,6 +1168,13 @@ def test_an_adapter_that_is_there_is_not_trained_over(embedded, pictures, tmp_pa
         assert "holds an adapter and no checkpoint to go on from" in capsys.readouterr().err
 
 
+def test_an_adapter_is_not_trained_into_the_folder_of_a_model(embedded, pictures, capsys):
+    with pytest.raises(SystemExit):
+        train_side_branch.main(train(embedded, pictures, embedded, "--max_steps", 1))
+    assert "holds a model, which would load with the adapter from then on" in capsys.readouterr().err
+    assert not (embedded / "adapter_config.json").exists()
+
+
 def test_a_run_that_finds_nothing_to_go_on_from_says_so(embedded, pictures, tmp_path, capsys, monkeypatch):
     def end(*_):
         raise ValueError("enough")
