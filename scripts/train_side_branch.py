@@ -38,6 +38,7 @@ from training.adapters import (
     from_llava,
     processor_from_llava,
     read_config,
+    refuse_missing,
     save_adapter,
     train_in_float32,
 )
@@ -219,7 +220,10 @@ def load_processor(options: argparse.Namespace, arguments: TrainingArguments):
 def load_model(options: argparse.Namespace, arguments: TrainingArguments):
     dtype = options.dtype or ("bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32")
     if not options.from_llava:
-        model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=dtype)
+        model, loaded = AutoModel.from_pretrained(
+            options.model, trust_remote_code=True, dtype=dtype, output_loading_info=True
+        )
+        refuse_missing(loaded, options.model)
     else:
         # The side branch is in no file, and the processes that leave reading to the first would not make it
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):

@@ -1175,6 +1175,19 @@ def test_an_adapter_is_not_trained_into_the_folder_of_a_model(embedded, pictures
     assert not (embedded / "adapter_config.json").exists()
 
 
+def test_no_weight_that_the_model_lacks_is_made_up(embedded, pictures, tmp_path, capsys):
+    shutil.copytree(embedded, tmp_path / "dpvr")
+    index = tmp_path / "dpvr" / "model.safetensors.index.json"
+    stated, lacking = json.loads(index.read_text()), "model.multi_modal_projector.linear_1.weight"
+    shard = index.parent / stated["weight_map"].pop(lacking)
+    weights = load_file(shard)
+    del weights[lacking]
+    save_file(weights, shard, {"format": "pt"})
+    index.write_text(json.dumps(stated))
+    assert train_side_branch.main(train(tmp_path / "dpvr", pictures, tmp_path / "out", "--max_steps", 1)) == 1
+    assert f"lacks {lacking}: it is no whole checkpoint" in capsys.readouterr().err
+
+
 def test_a_run_that_finds_nothing_to_go_on_from_says_so(embedded, pictures, tmp_path, capsys, monkeypatch):
     def end(*_):
         raise ValueError("enough")
