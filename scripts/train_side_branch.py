@@ -173,7 +173,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(f"--peft-config {options.peft_config}: give a folder that holds an {CONFIG_FILE}")
     if (options.output / "config.json").exists():
         parser.error(
-            f"--output {options.output} holds a model, which would load with the adapter from then on: give another folder"
+            f"--output {options.output} holds a model, which would load with the adapter from then on: give "
+            "another folder"
         )
     is_resumable = last_checkpoint(options.output) is not None
     if is_resumable and not options.resume:
@@ -354,6 +355,11 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     processor = load_processor(options, arguments)
     with arguments.main_process_first():
         data, held_out = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
+    if arguments.dataloader_drop_last and len(data) < arguments.train_batch_size * arguments.world_size:
+        raise ValueError(
+            f"--dataloader_drop_last leaves out all of {len(data)} rows, which are fewer than a batch of "
+            f"{arguments.train_batch_size} for each of {arguments.world_size} process(es)."
+        )
     facts = facts_of(options, arguments, data)
     if checkpoint:
         check_facts(checkpoint, stated_facts(checkpoint), facts)  # before the model is loaded for nothing

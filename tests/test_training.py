@@ -1188,6 +1188,15 @@ def test_no_weight_that_the_model_lacks_is_made_up(embedded, pictures, tmp_path,
     assert f"lacks {lacking}: it is no whole checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [(), ("--max_steps", 2)])
+def test_rows_that_are_fewer_than_a_batch_which_is_then_left_out_are_refused(
+    embedded, pictures, tmp_path, capsys, options
+):
+    options += ("--per_device_train_batch_size", 11, "--dataloader_drop_last", "true")
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options)) == 1
+    assert "--dataloader_drop_last leaves out all of 10 rows" in capsys.readouterr().err
+
+
 def test_a_run_that_finds_nothing_to_go_on_from_says_so(embedded, pictures, tmp_path, capsys, monkeypatch):
     def end(*_):
         raise ValueError("enough")
