@@ -88,6 +88,8 @@ KEPT = (
     "bf16",
     "fp16",
 )
+# Options of TrainingArguments that the command sets itself
+OWN = {"remove_unused_columns": "False", "label_names": "labels", "prediction_loss_only": "True"}
 # Options of TrainingArguments that would do harm, or nothing, and why
 REFUSED = {
     "label_smoothing_factor": "is for the Trainer's own loss; here the loss is that of --loss",
@@ -143,12 +145,16 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     if options.eval_data or options.eval_rows:
         rest = ["--eval_strategy", "steps", *rest]  # the last one given counts
-    rest += ["--output_dir", str(options.output), "--remove_unused_columns", "False", "--label_names", "labels"]
-    rest += ["--prediction_loss_only", "True"]
+    for name, value in (own := {"output_dir": str(options.output), **OWN}).items():
+        if any(argument.split("=")[0] == f"--{name}" for argument in rest):
+            parser.error(f"--{name} is set by this command, to {value}: leave it out")
+    rest += [part for name, value in own.items() for part in (f"--{name}", value)]
     try:
         (training_arguments,) = trainer_parser.parse_args_into_dataclasses(rest)
     except ValueError as error:  # options that exclude each other, or that this machine does not have
         parser.error(str(error))
+    if options.eval_data and options.eval_rows:
+        parser.error("--eval-rows holds back rows of DATA, which --eval-data stands in for: give one of the two")
     if options.eval_rows < 0:
         parser.error(f"--eval-rows {options.eval_rows}: give a number of rows")
     if not (options.eval_data or options.eval_rows):  # which the Trainer would miss once the model is loaded
