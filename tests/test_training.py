@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -1103,6 +1104,23 @@ def test_so_they_do_in_several_processes(num_processes):
     if hasattr(getattr(resumed.batch_sampler, "batch_sampler", None), "set_epoch"):
         resumed.batch_sampler.batch_sampler.set_epoch(1)
     assert [batch.tolist() for batch in resumed] == epochs[1][3:]
+
+
+def test_rows_grouped_by_length_come_in_the_same_order_however_a_step_is_spread_over_processes():
+    def order(batch_size, num_parts, world_size):
+        trainer = object.__new__(SideBranchTrainer)
+        trainer.train_dataset = SimpleNamespace(lengths=lambda: np.random.default_rng(0).integers(1, 99, 40).tolist())
+        trainer.args = SimpleNamespace(
+            train_sampling_strategy="group_by_length",
+            train_batch_size=batch_size,
+            gradient_accumulation_steps=num_parts,
+            world_size=world_size,
+            seed=5,
+            data_seed=None,
+        )
+        return list(trainer._get_train_sampler())
+
+    assert order(4, 1, 1) == order(2, 1, 2) == order(1, 2, 2) != order(2, 1, 1)
 
 
 def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, tmp_path, capsys):

@@ -179,7 +179,8 @@ class SideBranchTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # All rows of a step, however they are spread: a run may go on with another number of processes
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.sampler = GroupedByLength(batch_size, dataset.lengths(), seed)
         return self.sampler
