@@ -1053,6 +1053,16 @@ def test_a_training_that_diverges_ends_with_a_word_and_writes_no_adapter(embedde
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_a_run_that_goes_on_from_another_folder_finds_its_best_checkpoint(embedded, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--max_steps", 1, "--save_steps", 1, "--eval-rows", 2, "--eval_steps", 1)
+    options += ("--load_best_model_at_end", "true")
+    assert train_side_branch.main(train(embedded, pictures, "out", *options)) == 0
+    monkeypatch.chdir(pictures)
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert os.path.isdir(state["best_model_checkpoint"])
+
+
 def test_rows_of_like_length_are_grouped_without_being_loaded(embedded, pictures, tmp_path, monkeypatch):
     options = ("--train_sampling_strategy", "group_by_length", "--max_steps", 1)
     loaded, load = [], ConversationDataset.load
