@@ -643,6 +643,12 @@ def test_a_broken_image_of_a_datasets_row_is_called_so_and_its_bytes_come_before
         assert digest(data) != digest(open_data(tmp_path / f"other {name}", tmp_path, processor, tmp_path / "3.jsonl"))
 
 
+def test_a_folder_of_data_without_the_datasets_library_is_told_of_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="which is missing: pip install datasets"):
+        read_rows(tmp_path)
+
+
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([TURNS]), encoding="utf-8-sig")
     assert read_rows(tmp_path / "rows.json") == [TURNS]

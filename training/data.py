@@ -117,10 +117,15 @@ def read_datasets(source: Path, split: str = "train"):
     is then one bad row.
 
     Raises:
-        ValueError: it cannot be read, or has several splits but not this one.
+        ValueError: it cannot be read, the library is missing, or it has several splits but not this one.
     """
-    from datasets import Image as ImageFeature
-    from datasets import List, load_dataset, load_from_disk
+    try:
+        from datasets import Image as ImageFeature
+        from datasets import List, load_dataset, load_from_disk
+    except ImportError as error:
+        raise ValueError(
+            f"{source} is read by the datasets library, which is missing: pip install datasets"
+        ) from error
 
     is_saved = (source / "state.json").is_file() or (source / "dataset_dict.json").is_file()
     try:
