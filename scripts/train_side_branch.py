@@ -146,7 +146,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     if options.eval_data or options.eval_rows:
         rest = ["--eval_strategy", "steps", *rest]  # the last one given counts
     for name, value in (own := {"output_dir": str(options.output.resolve()), **OWN}).items():
-        if any(argument.split("=")[0] == f"--{name}" for argument in rest):
+        if any(argument.split("=")[0].replace("-", "_") == f"__{name}" for argument in rest):
             parser.error(f"--{name} is set by this command, to {value}: leave it out")
     rest += [part for name, value in own.items() for part in (f"--{name}", value)]
     try:
@@ -415,9 +415,8 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
     if trainer.is_fsdp_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model)
         state = {name.removeprefix("model."): weight for name, weight in state.items()}
+    check_finite(trainable(model) if state is None else state, trainer.state.global_step)
     if trainer.args.should_save:
-        if state is None:  # sharded weights were looked at with the last checkpoint
-            check_finite(trainable(model), trainer.state.global_step)
         save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
         keeps_card = has_own_card(options.output)
         (options.output / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
@@ -426,7 +425,7 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
             print(f"{options.output / CARD_FILE} was not written by a training and stays as it is", flush=True)
         else:
             card = make_card(record, options.output.resolve().name, has_plot=has_plot)
-            (options.output / CARD_FILE).write_text(card)
+            (options.output / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1155,7 +1155,7 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         ("--eval-rows", -3): "--eval-rows -3: give a number of rows",
         ("--eval-rows", 3, "--eval-data", pictures / "good.json"): "give one of the two",
         ("--output_dir", tmp_path / "other"): f"--output_dir is set by this command, to {tmp_path / 'out'}",
-        ("--remove_unused_columns=true",): "--remove_unused_columns is set by this command",
+        ("--remove-unused-columns=true",): "--remove_unused_columns is set by this command",
         ("--eval_strategy", "epoch"): "--eval_strategy needs rows to evaluate on: give --eval-data or --eval-rows",
         ("--eval_on_start", "true"): "--eval_on_start needs rows to evaluate on",
         ("--max-length", 0): "--max-length 0: give at least 1 token",
@@ -1253,7 +1253,7 @@ def test_a_run_whose_held_out_rows_are_all_corrupt_ends_before_it_trains(embedde
     (tmp_path / "broken.json").write_text(json.dumps([bad_row(image="broken.png")] * 2))
     options = ("--eval-data", tmp_path / "broken.json", "--image-folder", pictures)
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options)) == 1
-    assert "No row is left that can be trained on: 2 bad rows (2 corrupt image)" in capsys.readouterr().err
+    assert "No row is left of the 2 to be used here: 2 bad rows (2 corrupt image)" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bad_rows_eval.jsonl"]
 
 
@@ -1268,7 +1268,7 @@ def test_what_is_wrong_with_data_or_a_peft_config_is_told_before_the_model_is_lo
     (pictures / "broken.png").write_bytes(b"no image")
     rows = {
         "is not valid JSON": "{",
-        "No row is left that can be trained on: 1 bad rows (1 corrupt image)": json.dumps(
+        "No row is left of the 1 to be used here: 1 bad rows (1 corrupt image)": json.dumps(
             [bad_row(image="broken.png")]
         ),
         "None of 1 rows can be trained on: 1 bad rows (1 missing image)": json.dumps([bad_row(image="none.png")]),

@@ -486,7 +486,7 @@ class ConversationDataset(Dataset):
                 return self.load(number)
             except BadRowError as error:
                 self.bad_rows.add(number, self.rows, error)
-        raise ValueError(f"No row is left that can be trained on: {self.bad_rows.summary()}.")
+        raise ValueError(f"No row is left of the {len(self.good)} to be used here: {self.bad_rows.summary()}.")
 
 
 class Collator:
