@@ -337,7 +337,8 @@ def test_a_mount_point_and_a_loop_of_links_are_refused_before_anything_is_writte
     (tmp_path / "disk").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
-    for output, sentence in {"disk": "is a mount point", "loop": "cannot be written", "loop/x": "cannot be"}.items():
+    loop = "cannot be written|is a symbolic link"  # Python 3.13 follows it no further
+    for output, sentence in {"disk": "is a mount point", "loop": loop, "loop/x": "cannot be"}.items():
         with pytest.raises(ConversionError, match=sentence):
             convert(source, tmp_path / output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "llava", "loop"]
