@@ -547,7 +547,7 @@ def test_a_config_that_peft_cannot_use_is_refused_and_the_base_is_as_before(tmp_
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     base = make_base()
     before, names = logits(base), set(base.state_dict())
-    with pytest.raises(AdapterError, match=r"adapter_config.json is no config that PEFT can (read|apply): "):
+    with pytest.raises(AdapterError, match=r"adapter_config.json (is no config that PEFT can read|to this model): "):
         load_adapter(base, tmp_path)
     assert torch.equal(logits(base), before)
     assert set(base.state_dict()) == names

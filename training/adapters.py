@@ -434,7 +434,7 @@ def load_adapter(
     except AdapterError:
         raise
     except (re.error, AttributeError, KeyError, TypeError, ValueError) as error:  # fields of any type
-        raise AdapterError(f"{path.parent / CONFIG_FILE} is no config that PEFT can apply: {error}") from error
+        raise AdapterError(f"PEFT cannot apply {path.parent / CONFIG_FILE} to this model: {error}") from error
     try:
         _set_weights(model, weights, name, path)
     except BaseException:
