@@ -655,7 +655,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = vars(parser.parse_args(arguments))
-    repo, private = options.pop("push_to_hub"), options.pop("private")
     if options["source"] is None:
         options |= {"source": str(HERE / "examples" / "tiny-llava"), "output": Path("dpvr-tiny")}
     if options["output"] is None:
@@ -663,6 +662,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in options.items():
         if value == "":
             parser.error(f"{name if name in ('source', 'output') else '--' + name.replace('_', '-')} is empty")
+    repo, private = options.pop("push_to_hub"), options.pop("private")
     if private and not repo:
         parser.error("--private is for --push-to-hub")
     if options["adapter"] and options["side_branch_init"] != "identity":

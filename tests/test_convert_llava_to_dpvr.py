@@ -905,6 +905,7 @@ def test_command_line(tmp_path, source, capsys):
         ["a", "b", "c"],
         ["", "b"],
         ["a", "b", "--adapter", ""],
+        ["a", "b", "--push-to-hub", ""],
         ["a", "b", "--adapter", "c", "--side-branch-init", "copy"],
         ["a", "b", "--num-side-layers", "0", "--side-branch-init", "copy"],
     ],
