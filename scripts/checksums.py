@@ -52,11 +52,13 @@ def check_files(folder: Path, names: list[str]) -> None:
     """Refuses what has no checksum of its own.
 
     Raises:
-        ValueError: a name has a line break, a link leads out of the folder, or something is no file.
+        ValueError: a name has a line break or is no UTF-8, a link leads out of the folder, or something is no file.
     """
     for name in names:
         if len(name.splitlines()) != 1:
             raise ValueError(f"{name!r} has a line break in its name, which {NAME} cannot hold.")
+        if name != name.encode(errors="replace").decode():
+            raise ValueError(f"{name!r} is no UTF-8, as names in {NAME} are.")
         if leads_out(folder, folder / name):
             raise ValueError(f"{name} is a link that leaves the folder {folder}.")
         if not (folder / name).is_file():

@@ -216,6 +216,14 @@ def test_a_name_that_a_line_cannot_hold_is_refused(release, name, capsys):
     assert "has a line break in its name" in capsys.readouterr().err
 
 
+def test_a_name_that_is_no_utf8_is_refused_and_the_sums_that_are_there_stay(release, capsys):
+    before = (release / "SHA256SUMS").read_bytes()
+    (release / os.fsdecode(b"\xff.txt")).write_text("")
+    assert checksums.main([str(release)]) == 1
+    assert r"'\udcff.txt' is no UTF-8" in capsys.readouterr().err
+    assert (release / "SHA256SUMS").read_bytes() == before
+
+
 def test_a_checkout_that_git_refuses_is_told_in_a_sentence(release, capsys):
     (release / ".git").mkdir()
     assert checksums.main([str(release)]) == 1
