@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
@@ -33,6 +34,16 @@ from training.card import RUN_FILE
 from write_checkpoint import check_empty, check_output, interrupted_by_sigterm
 
 
+def refuse_infinite(model: torch.nn.Module) -> None:
+    """Raises ValueError if a weight is infinite, as one becomes that its type cannot hold."""
+    for name, weight in model.named_parameters():
+        if type(weight.data) is torch.Tensor and weight.isinf().any():
+            raise ValueError(
+                f"{name} holds numbers beyond the range of {str(weight.dtype).removeprefix('torch.')}, or infinite "
+                "ones; merge with another --dtype."
+            )
+
+
 def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, dtype: str = "auto") -> None:
     """Writes `base` with `adapter` merged, its processor, and the record of the training if the adapter has one, into
     `output`, which must not exist or be empty."""
@@ -48,6 +59,7 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
     else:
         merged = from_llava(base, weights, dtype=dtype)
         processor = processor_from_llava(base)
+    refuse_infinite(merged)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:

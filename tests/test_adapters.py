@@ -675,6 +675,20 @@ def test_a_merged_checkpoint_is_for_everyone_that_the_umask_allows(tmp_path):
         assert (tmp_path / "merged" / name).stat().st_mode & 0o777 == 0o640
 
 
+def test_the_merging_command_refuses_a_dtype_that_cannot_hold_a_weight(tmp_path, capsys):
+    from scripts.merge_adapter import main
+
+    shutil.copytree(ROOT / "examples" / "tiny-llava", tmp_path / "base")
+    adapter = str(ROOT / "examples" / "dpvr-tiny-adapter")
+    weights = {name: weight.float() for name, weight in load_file(tmp_path / "base" / "model.safetensors").items()}
+    weights["language_model.model.layers.6.mlp.down_proj.weight"][0, 0] = 1e6
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    assert main([str(tmp_path / "base"), adapter, str(tmp_path / "merged"), "--dtype", "float16"]) == 1
+    assert "layers.6.mlp.down_proj.weight holds numbers beyond the range of float16" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    assert main([str(tmp_path / "base"), adapter, str(tmp_path / "merged"), "--dtype", "bfloat16"]) == 0
+
+
 @pytest.mark.parametrize("of", ["llava", "dpvr"])
 def test_the_merging_command_makes_up_no_weight_that_the_base_lacks(of, tmp_path, capsys):
     from scripts.merge_adapter import main
