@@ -25,9 +25,19 @@ class PublishError(ValueError):
 
 
 def open_repository(repo: str, private: bool, token: str | None = None) -> tuple[HfApi, str]:
-    """The Hub's client and the full name of a repository, which is made, private if so asked, if it does not exist."""
+    """The Hub's client and the full name of a repository, which is made, private if so asked, if it does not exist.
+
+    Raises:
+        PublishError: a private one is asked for, and it is there and public.
+    """
     api = HfApi(token=token)
-    return api, api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    if private and not api.repo_info(repo).private:
+        raise PublishError(
+            f"{repo} is there and public, and --private makes only new ones private. Change its visibility in its "
+            "settings, or leave out --private."
+        )
+    return api, repo
 
 
 def explain(error: Exception) -> str:

@@ -119,7 +119,7 @@ def push_to_hub(
         repo: Hub id; the repository is made if it does not exist.
         subfolder: where in it an adapter goes, without `..`; `/` and `.` mean the root. At the root of a repository
             that holds a checkpoint it would send `from_pretrained` to the adapter's base model, so that is refused.
-        private: makes the repository private if it is new.
+        private: makes the repository private if it is new; one that is there and public is refused.
         token: by default the one that `hf auth login` keeps.
 
     Raises:

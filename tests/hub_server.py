@@ -21,6 +21,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         commits: by repository, all commits in order: `(id, {path: content})`.
         failures: patterns of "METHOD /path" and the status that they are answered with.
+        private: repositories that were made private.
         requests: "METHOD /path" of all that were answered.
     """
 
@@ -31,6 +32,7 @@ class Hub(ThreadingHTTPServer):
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.objects: dict[str, bytes] = {}
         self.failures: dict[str, int] = {}
+        self.private: set[str] = set()
         self.requests: list[str] = []
 
     @property
@@ -104,6 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         if status == 200:
             self.server.commits[repo] = []
             self.server.add(repo, {})
+            if fields.get("visibility") == "private" or fields.get("private"):  # as newer and older clients say it
+                self.server.private.add(repo)
         self.send(status, {"url": f"{self.server.url}/{repo}"})
 
     def validate(self, body: bytes) -> None:
@@ -145,7 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         if (found := self.server.find(repo, revision)) is None:
             return self.send(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         siblings = [{"rfilename": path} for path in found[1]]
-        return self.send(200, {"id": repo, "sha": found[0], "private": False, "siblings": siblings, "tags": []})
+        private = repo in self.server.private
+        return self.send(200, {"id": repo, "sha": found[0], "private": private, "siblings": siblings, "tags": []})
 
     def tree(self, body: bytes, repo: str, revision: str, folder: str = "") -> None:
         if (found := self.server.find(repo, revision)) is None:

@@ -112,7 +112,8 @@ def convert(label, repo):
 
 dpvr, adapter = f"{sys.argv[2]}/dpvr", f"{sys.argv[2]}/adapter"
 push("checkpoint", dpvr, "org/dpvr")
-push("adapter", adapter, "org/adapter")
+push("adapter", adapter, "org/adapter", "--private")
+push("private where all can read", adapter, "org/llava", "--subfolder", "a", "--private")
 push("adapter beside a checkpoint", adapter, "org/dpvr")
 for root in ("/", ".", "./", "", "//."):
     push(f"adapter at {root!r}", adapter, "org/dpvr", "--subfolder", root)
@@ -206,6 +207,16 @@ def test_a_push_takes_away_nothing_that_no_push_brings(tmp_path):
     files = {"a/SHA256SUMS": tmp_path / "SHA256SUMS"}
     brought = publish._brought_before(Api(), "org/x", files, {"a/SHA256SUMS"})
     assert brought == {"a/loss.png", "a/special_tokens_map.json"}
+
+
+def test_a_push_that_is_to_be_private_goes_into_no_public_repository(pushed):
+    hub, _, errors = pushed
+    assert (
+        "error: org/llava is there and public, and --private makes only new ones"
+        in errors["private where all can read"]
+    )
+    assert "org/adapter" in hub.private
+    assert len(hub.commits["org/llava"]) == 1
 
 
 def test_a_second_push_leaves_nothing_that_the_check_of_the_sums_would_find(pushed, tmp_path):
