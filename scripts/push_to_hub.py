@@ -64,6 +64,9 @@ def _check_checkpoint(folder: Path) -> None:
     weights = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
     if not weights or not isinstance(weights, dict):
         raise AdapterError(f"{index} has no weight_map that names files.")
+    for name in weights.values():
+        if not isinstance(name, str) or "/" in name or name.startswith("."):
+            raise AdapterError(f"{index} names {name!r}, which is no file beside it, as all that is pushed are.")
     for name in sorted(code | {"processor_config.json"}):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} has no {name}: nobody could load it. Save model and processor there.")

@@ -427,6 +427,19 @@ def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders,
     assert "both adapter_config.json and config.json" in word(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("name", ["parts/model.safetensors", "../model.safetensors", ".model.safetensors", 3])
+def test_a_checkpoint_whose_index_names_weights_that_are_not_pushed_is_refused(folders, tmp_path, name):
+    folder = tmp_path / "dpvr"
+    shutil.copytree(folders / "dpvr", folder)
+    shard = next(folder.glob("*.safetensors"))
+    target = folder / str(name)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(shard, target)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name, "b": shard.name}}))
+    with pytest.raises(push_to_hub.AdapterError, match="which is no file beside it"):
+        push_to_hub.files_of(folder)
+
+
 # ---------------------------------------------------------------------------------------------- cards
 
 
