@@ -549,6 +549,9 @@ def summary_text(summary: dict) -> str:
     return "\n".join(lines)
 
 
+MOST_LAYERS = 10_000  # that a list may name: one of a mistyped range would fill the memory
+
+
 def layer_list(text: str) -> list[int]:
     """`0,4,8-12` as a list of layers."""
     layers: set[int] = set()
@@ -556,7 +559,7 @@ def layer_list(text: str) -> list[int]:
         for part in text.split(","):
             first, _, last = part.partition("-")
             span = range(int(first), int(last or first) + 1)
-            if not span:
+            if not span or span.stop > MOST_LAYERS:
                 raise ValueError
             layers.update(span)
     except ValueError as error:

@@ -1005,6 +1005,7 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
     [
         ("--layers", "x", "not a list of layers"),
         ("--layers", "5-3", "not a list of layers"),
+        ("--layers", "0-9999999", "not a list of layers"),
         ("--metrics", "colour", "'colour' is none of"),
         ("--samples", "0", "must be at least 1"),
         ("--device", "gpu", "'gpu' cannot be used: "),
