@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from convert_llava_to_dpvr import say
 from read_llava import check_name
 from training.adapters import (
     adapter_path,
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; nothing is left behind", file=sys.stderr)
             return 130
-    print(f"{options.output}: {options.base} with {options.adapter}; it loads without PEFT")
+    say(f"{options.output}: {options.base} with {options.adapter}; it loads without PEFT")
     return 0
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import IA3Config, LoraConfig, PeftModel
+from processes import start_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import NUM_LAYERS, DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
@@ -673,6 +674,16 @@ def test_a_merged_checkpoint_is_for_everyone_that_the_umask_allows(tmp_path):
         os.umask(mask)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "merged" / name).stat().st_mode & 0o777 == 0o640
+
+
+def test_the_merging_command_succeeds_where_nobody_can_be_told(tmp_path):
+    base, adapter = ROOT / "examples" / "tiny-llava", ROOT / "examples" / "dpvr-tiny-adapter"
+    script, outputs = ROOT / "scripts" / "merge_adapter.py", ("/dev/full", tmp_path / "errors")
+    process = start_script(script, base, adapter, tmp_path / "merged", outputs=outputs)
+    process.join()
+    assert process.exitcode == 0
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+    assert (tmp_path / "merged" / "config.json").is_file()
 
 
 def test_the_merging_command_refuses_a_dtype_that_cannot_hold_a_weight(tmp_path, capsys):
