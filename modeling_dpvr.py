@@ -843,7 +843,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         """
         num_seen = 0 if cache is None else cache.get_seq_length()
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen
-        self._refuse_unsupported(attention_mask, position_ids, cache, num_seen, len(columns), is_packed)
+        self._refuse_unsupported(inputs_embeds.shape, attention_mask, position_ids, cache, num_seen, is_packed)
         position_ids = columns[None] if position_ids is None else position_ids
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         call = Call(attention_mask, position_ids, columns, rotary, cache)
@@ -987,14 +987,15 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
 
     def _refuse_unsupported(
         self,
+        shape: torch.Size,
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
         cache: Cache | None,
         num_seen: int | torch.Tensor,
-        length: int,
         is_packed: bool,
     ) -> None:
-        """Refuses what would be computed wrongly without a word."""
+        """Refuses what would be computed wrongly without a word. `shape` is that of the embeddings, `(B, T, D)`."""
+        num_rows, length, _ = shape
         if not (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
             raise ValueError(
                 f"attention_mask is a {type(attention_mask).__name__}, of which streams cannot take a part. Pass a "
@@ -1007,7 +1008,16 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
                 f"more. Pass a mask of {num_seen + length} columns."
             )
-        # Else it fails where the cache has the tokens' slots, but not their keys
+        # Else the next two fail where the cache has the tokens' slots, but not their keys
+        if attention_mask is not None and attention_mask.ndim != 2:
+            is_static = cache is not None and isinstance(cache.layers[0], StaticLayer)
+            num_columns = cache.layers[0].max_cache_len if is_static else num_seen + length
+            given = tuple(attention_mask.shape)
+            if len(given) != 4 or given[0] not in (1, num_rows) or given[2:] != (length, num_columns):
+                raise ValueError(
+                    f"attention_mask has shape {given}, but this call holds {num_rows} rows of {length} tokens that "
+                    f"see {num_columns} columns. Pass a 2D mask, or one of shape (rows, 1, tokens, columns)."
+                )
         if position_ids is not None and position_ids.shape[-1] != length:
             raise ValueError(
                 f"position_ids has shape {tuple(position_ids.shape)} but this call holds {length} tokens. Pass those "

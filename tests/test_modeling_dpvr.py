@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import os
+import re
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -753,6 +754,23 @@ def test_positions_of_other_tokens_are_refused_and_leave_the_cache_as_it_was(mod
 
     text = torch.tensor([[8, 9]])
     assert torch.equal(logits([torch.arange(1)[None], torch.arange(9)[None]]), logits([]))
+
+
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(text_config(), max_cache_len=9)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2, 8), (1, 1, 2, 10), (1, 1, 1, 9), (1, 1, 9, 9), (2, 1, 2, 9), (1, 2, 9)], ids=str
+)
+def test_a_mask_of_another_shape_is_refused_with_both_shapes_and_leaves_the_cache_as_it_was(model, make_cache, shape):
+    def logits(masks):
+        cache = make_cache()
+        model(**without(make_batch(["ttIt"]), "attention_mask"), past_key_values=cache)
+        for mask in masks:
+            with pytest.raises(ValueError, match=re.escape(f"{shape}") + ".*2 tokens that see 9 columns"):
+                model(input_ids=text, attention_mask=mask, past_key_values=cache)
+        return model(input_ids=text, past_key_values=cache).logits
+
+    text = torch.tensor([[8, 9]])
+    assert torch.equal(logits([torch.ones(shape, dtype=torch.bool)]), logits([]))
 
 
 def test_a_step_with_a_static_cache_and_a_mask_that_grows_reads_nothing_from_the_device(model, monkeypatch):
