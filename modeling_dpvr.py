@@ -1008,7 +1008,7 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
                 f"more. Pass a mask of {num_seen + length} columns."
             )
-        # Else the next two fail where the cache has the tokens' slots, but not their keys
+        # Else the next three fail where the cache has the tokens' slots, but not their keys
         if attention_mask is not None and attention_mask.ndim != 2:
             is_static = cache is not None and isinstance(cache.layers[0], StaticLayer)
             num_columns = cache.layers[0].max_cache_len if is_static else num_seen + length
@@ -1017,6 +1017,11 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
                 raise ValueError(
                     f"attention_mask has shape {given}, but this call holds {num_rows} rows of {length} tokens that "
                     f"see {num_columns} columns. Pass a 2D mask, or one of shape (rows, 1, tokens, columns)."
+                )
+            if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+                raise ValueError(
+                    f"The 4D attention_mask is of {attention_mask.dtype}. Pass one of torch.bool, True where a token "
+                    "is seen, or floats that are added to the scores."
                 )
         if position_ids is not None and position_ids.shape[-1] != length:
             raise ValueError(

@@ -773,6 +773,17 @@ def test_a_mask_of_another_shape_is_refused_with_both_shapes_and_leaves_the_cach
     assert torch.equal(logits([torch.ones(shape, dtype=torch.bool)]), logits([]))
 
 
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(text_config(), max_cache_len=9)])
+@torch.no_grad()
+def test_a_4d_mask_of_integers_is_refused_and_leaves_the_cache_as_it_was(model, make_cache):
+    cache, text = make_cache(), torch.tensor([[8, 9]])
+    model(**without(make_batch(["ttIt"]), "attention_mask"), past_key_values=cache)
+    expected = model(input_ids=text, past_key_values=copy.deepcopy(cache)).logits
+    with pytest.raises(ValueError, match=r"4D attention_mask is of torch.int64.*bool"):
+        model(input_ids=text, attention_mask=torch.ones(1, 1, 2, 9, dtype=torch.long), past_key_values=cache)
+    assert torch.equal(model(input_ids=text, past_key_values=cache).logits, expected)
+
+
 def test_a_step_with_a_static_cache_and_a_mask_that_grows_reads_nothing_from_the_device(model, monkeypatch):
     cache, batch = StaticCache(config=text_config(), max_cache_len=30), make_batch(["ttItt"])
     with torch.no_grad():
