@@ -421,16 +421,18 @@ def model_card(checkpoint: Checkpoint, summary: ConversionSummary) -> str:
 # ---------------------------------------------------------------------------------------------- conversion
 
 
-def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
+def analyzed_layer(folder: str | Path, num_layers: int, num_fusion_layers: int) -> tuple[int, str]:
     """The saturation layer that `scripts/analyze_saturation.py` recommends in its folder of results, and why.
 
     Raises:
-        ConversionError: there are no results, they recommend none, or are those of a decoder of another depth.
+        ConversionError: there are no results, they recommend none, or are those of a decoder of another depth or with
+            other fusion layers.
     """
     path = Path(folder) / "saturation.json"
     results = read_json(path)
     try:
-        analyzed, layer = results["settings"]["num_hidden_layers"], results["recommendation"]["saturation_layer"]
+        analyzed, fusion = (results["settings"][key] for key in ("num_hidden_layers", "first_fusion_layer"))
+        layer = results["recommendation"]["saturation_layer"]
         why, num_samples = results["recommendation"]["reason"], results["samples"]
     except KeyError as error:
         raise ConversionError(f"{path} is not a result of analyze_saturation.py: it has no {error}.") from error
@@ -438,6 +440,11 @@ def analyzed_layer(folder: str | Path, num_layers: int) -> tuple[int, str]:
         raise ConversionError(f"{path} is not a result of analyze_saturation.py.") from error
     if analyzed != num_layers:
         raise ConversionError(f"{path} is about a decoder of {analyzed} layers, but the source has {num_layers}.")
+    if fusion != num_layers - num_fusion_layers:
+        raise ConversionError(
+            f"{path} is about fusion from layer {fusion} on, but with num_fusion_layers={num_fusion_layers} it is "
+            f"from layer {num_layers - num_fusion_layers} on."
+        )
     if layer is None:
         raise ConversionError(f"{path} recommends no layer: {why}")
     return layer, f"by the analysis of {num_samples} samples in {folder}: {why}"
@@ -456,7 +463,9 @@ def choose_saturation_layer(
         raise ConversionError(
             "--saturation-layer auto and --analysis DIR, with DIR of analyze_saturation.py, go together."
         )
-    given, why = analyzed_layer(analysis, num_layers) if given == "auto" else (given, "as asked for")
+    why = "as asked for"
+    if given == "auto":
+        given, why = analyzed_layer(analysis, num_layers, num_fusion_layers)
     stated = adapter_saturation_layer(adapter) if adapter else None
     if given is not None and stated not in (None, given):
         raise ConversionError(f"{adapter} was trained with saturation layer {stated}, but {given} was asked for.")

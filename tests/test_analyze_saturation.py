@@ -1055,7 +1055,7 @@ def test_the_converter_takes_the_recommended_layer_and_its_reason(digits_run, tm
 
 def write_analysis(folder, num_layers=8, layer=3, reason="because"):
     results = {
-        "settings": {"num_hidden_layers": num_layers},
+        "settings": {"num_hidden_layers": num_layers, "first_fusion_layer": num_layers - 1},
         "recommendation": {"saturation_layer": layer, "reason": reason},
         "samples": 3,
     }
@@ -1077,6 +1077,8 @@ def test_the_converter_refuses_an_analysis_that_it_cannot_follow(tmp_path):
     assert "it has no 'settings'" in refusal()
     write_analysis(tmp_path, num_layers=32)
     assert "a decoder of 32 layers, but the source has 8" in refusal()
+    write_analysis(tmp_path)
+    assert "fusion from layer 7 on, but with num_fusion_layers=2 it is from layer 6 on" in refusal(num_fusion_layers=2)
     write_analysis(tmp_path, layer=None)
     assert "recommends no layer: because" in refusal()
     write_analysis(tmp_path, layer=3)
