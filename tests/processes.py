@@ -48,7 +48,7 @@ def _run(
     runpy.run_path(script, run_name="__main__")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
@@ -84,7 +84,7 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """Runs a script to its end, in several processes with the variables that `torch.distributed.run` sets."""
     if num_processes > 1:
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         variables |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
     with tempfile.TemporaryDirectory() as folder:
         outputs, processes = (f"{folder}/stdout", f"{folder}/stderr"), []

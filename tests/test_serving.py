@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 from conftest import ROOT
-from processes import run_script
+from processes import free_port, run_script
 
 from convert_llava_to_dpvr import convert
 
@@ -39,9 +39,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=[PLAIN, OURS], ids=["transformers serve", "scripts/serve.py"])
 def server(request, folder):
     """Address of a server in a process of its own, on loopback, and whether it is ours."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, *request.param, str(folder / "dpvr"), "--trust-remote-code", "--host", "127.0.0.1"]
     log = folder / f"server-{port}.txt"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
