@@ -85,19 +85,17 @@ def figures(record: dict) -> dict:
     """What the pages' sentences say of the record.
 
     Returns:
-        `right`: right answers in percent, the mean of all kinds, by LLaVA and method, and `least`: those of the LLaVA
-        that has the fewest, by method. `lost`: by LLaVA and method how many of a hundred answers dense LLaVA has right
-        beyond it. `training_adds`: by LLaVA and layer those that DPVR, its side branch alone trained, has right beyond
-        the untrained one, and `recovered`: in percent of what that one loses. `fewest_flops`: as of
-        `quality_report.figures`.
+        `right`: as of `quality_report.right_answers`, and `least`: those of the LLaVA that has the fewest, by method.
+        `lost`: by LLaVA and method how many of a hundred answers dense LLaVA has right beyond it. `training_adds`: by
+        LLaVA and layer those that DPVR, its side branch alone trained, has right beyond the untrained one, and
+        `recovered`: in percent of what that one loses. `fewest_flops`: as of `quality_report.figures`.
     """
     entries = summarize(record)
-    right, lost, adds, recovered = ({entry.model: {} for entry in entries} for _ in range(4))
-    least: dict[str, float] = {}
-    for entry in entries:
-        accuracy = right[entry.model][entry.name] = 100 * float(entry.accuracy["all"].mean())
-        least[entry.name] = min(accuracy, least.get(entry.name, accuracy))
+    right, least = quality_report.right_answers(entries), {}
+    lost, adds, recovered = ({model: {} for model in right} for _ in range(3))
     for model, found in right.items():
+        for name, accuracy in found.items():
+            least[name] = min(accuracy, least.get(name, accuracy))
         lost[model] = {name: found["dense"] - accuracy for name, accuracy in found.items()}
         for layer in map(str, range(1, NUM_LAYERS)):
             untrained, trained = f"dpvr/{layer}/untrained", f"dpvr/{layer}/trained"

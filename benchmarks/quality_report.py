@@ -177,6 +177,14 @@ def shares_of_dense(entries: list[Entry]) -> dict[tuple[str, str], np.ndarray]:
     return {(entry.model, entry.name): entry.accuracy["all"] / dense[entry.model] for entry in entries}
 
 
+def right_answers(entries: list[Entry]) -> dict[str, dict[str, float]]:
+    """Right answers in percent, the mean of all kinds and seeds, by LLaVA and method."""
+    right: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        right.setdefault(entry.model, {})[entry.name] = 100 * float(entry.accuracy["all"].mean())
+    return right
+
+
 def cheapest_settings(entries: list[Entry]) -> dict[tuple[str, str], list[tuple[Entry, np.ndarray] | None]]:
     """By LLaVA and method the setting that keeps `KEPT` of dense accuracy, on the mean of all kinds, for the fewest
     FLOPs, and the one for the fewest bytes, with what it keeps in each seed; None where none keeps as much."""
@@ -223,17 +231,16 @@ def figures(record: dict) -> dict:
     """What the pages' sentences say of the record.
 
     Returns:
-        `right`: right answers in percent, the mean of all kinds, by LLaVA and method. `beyond`: by LLaVA and two
-        methods of the same layer how many of a hundred answers the first has right beyond the second, and the half of
-        the 95 % interval over the seeds. `kept`: share of dense accuracy by LLaVA and method. `kept_from`: by LLaVA
-        the layer from which on DPVR with its fusion layer trained keeps `KEPT`. `flops`: by LLaVA and method, in
-        percent of dense FLOPs. `fewest_flops`: as of that function. `flops_in_llava`: what the cheapest settings cost
-        LLaVA-1.5-7B, as shares of its FLOPs, by LLaVA and method.
+        `right`: as of `right_answers`. `beyond`: by LLaVA and two methods of the same layer how many of a hundred
+        answers the first has right beyond the second, and the half of the 95 % interval over the seeds. `kept`: share
+        of dense accuracy by LLaVA and method. `kept_from`: by LLaVA the layer from which on DPVR with its fusion layer
+        trained keeps `KEPT`. `flops`: by LLaVA and method, in percent of dense FLOPs. `fewest_flops`: as of that
+        function. `flops_in_llava`: what the cheapest settings cost LLaVA-1.5-7B, as shares of its FLOPs, by LLaVA and
+        method.
     """
     entries, own = summarize(record), depths(record)
-    right, beyond, kept, kept_from, own_flops, flops = ({model: {} for model in own} for _ in range(6))
+    beyond, kept, kept_from, own_flops, flops = ({model: {} for model in own} for _ in range(5))
     for entry in entries:
-        right[entry.model][entry.name] = 100 * float(entry.accuracy["all"].mean())
         own_flops[entry.model][entry.name] = 100 * entry.flops
     for one, other in permutations(entries, 2):
         if one.model == other.model and one.name.split("/")[1:2] == other.name.split("/")[1:2]:
@@ -248,7 +255,7 @@ def figures(record: dict) -> dict:
         if fewest is not None:
             flops[model][method] = fewest
     return {
-        "right": right,
+        "right": right_answers(entries),
         "beyond": beyond,
         "kept": kept,
         "kept_from": kept_from,
