@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from convert_llava_to_dpvr import say
 from read_llava import check_name
+from read_weights import is_finite
 from training.adapters import (
     adapter_path,
     from_llava,
@@ -38,7 +39,8 @@ from write_checkpoint import check_empty, check_output, interrupted_by_sigterm
 def refuse_infinite(model: torch.nn.Module) -> None:
     """Raises ValueError if a weight is infinite, as one becomes that its type cannot hold."""
     for name, weight in model.named_parameters():
-        if type(weight.data) is torch.Tensor and weight.isinf().any():
+        is_plain = type(weight.data) is torch.Tensor
+        if is_plain and not is_finite(weight.detach()) and weight.isinf().any():
             raise ValueError(
                 f"{name} holds numbers beyond the range of {str(weight.dtype).removeprefix('torch.')}, or infinite "
                 "ones; merge with another --dtype."

@@ -411,11 +411,12 @@ def cached(folder: Path, model: StagedModel, data: ConversationDataset, argument
 
 
 def finish(options, trainer, model: StagedModel, record: dict) -> None:
-    state = None
+    state, weights = None, trainable(model.model)
     if trainer.is_fsdp_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model)
         state = {name.removeprefix("model."): weight for name, weight in state.items()}
-    check_finite(trainable(model) if state is None else state, trainer.state.global_step)
+        weights = {name: weight for name, weight in state.items() if name in weights}
+    check_finite(weights, trainer.state.global_step)
     if trainer.args.should_save:
         save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
         keeps_card = has_own_card(options.output)

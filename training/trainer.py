@@ -24,7 +24,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from read_weights import reason
+from read_weights import is_finite, reason
 from training.adapters import check_trained_for, describe_training, plain_name
 from training.staged import IGNORED, predicts
 
@@ -112,7 +112,7 @@ def check_finite(weights: dict[str, torch.Tensor], step: int) -> None:
         ValueError: naming the first weight that is no longer a number.
     """
     for name, weight in weights.items():
-        if not weight.isfinite().all():
+        if not is_finite(weight.detach()):
             raise ValueError(
                 f"{name} holds NaN or infinite values at step {step}: the training has diverged, and what it would "
                 "write is of no use. Checkpoints of earlier steps are kept. Train into another folder, with a lower "
