@@ -577,7 +577,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with a sentence where they mean nothing."""
+    """Ends with a sentence where they mean nothing, and warns where they take long without need."""
     if args.layers < 4:
         parser.error(f"--layers {args.layers} must be at least 4: PyramidDrop drops at each quarter of them")
     if args.saturation_layer is not None and not 0 < args.saturation_layer < args.layers:

@@ -145,7 +145,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     if options.eval_data or options.eval_rows:
         rest = ["--eval_strategy", "steps", *rest]  # the last one given counts
-    for name, value in (own := {"output_dir": str(options.output.resolve()), **OWN}).items():
+    own = {"output_dir": str(options.output.resolve()), **OWN}
+    for name, value in own.items():
         if any(argument.split("=")[0].replace("-", "_") == f"__{name}" for argument in rest):
             parser.error(f"--{name} is set by this command, to {value}: leave it out")
     rest += [part for name, value in own.items() for part in (f"--{name}", value)]
