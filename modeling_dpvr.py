@@ -559,6 +559,41 @@ def expand_attention(attention: torch.Tensor, text: StreamPlan, shape: torch.Siz
     return attention.new_zeros(shape).scatter_add(2, index, rows)
 
 
+def check_mask(
+    attention_mask: torch.Tensor | None, shape: torch.Size, cache: Cache | None, num_seen: int | torch.Tensor
+) -> None:
+    """Refuses a mask that is no tensor, too short, or 4D of another form than that of `(B, T, D)`, `shape`, with
+    `num_seen` tokens in the cache."""
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(attention_mask).__name__}, of which streams cannot take a part. Pass a "
+            "tensor, 2D or 4D."
+        )
+    given, (num_rows, length, _) = tuple(attention_mask.shape), shape
+    if len(given) == 2:
+        # How many tokens a static cache holds is on the device: a mask too short for it fails where it is read
+        if isinstance(num_seen, int) and given[1] < num_seen + length:
+            raise ValueError(
+                f"attention_mask covers {given[1]} tokens, but the cache holds {num_seen} and this call {length} "
+                f"more. Pass a mask of {num_seen + length} columns."
+            )
+        return
+    is_static = cache is not None and isinstance(cache.layers[0], StaticLayer)
+    num_columns = cache.layers[0].max_cache_len if is_static else num_seen + length
+    if len(given) != 4 or given[0] not in (1, num_rows) or given[2:] != (length, num_columns):
+        raise ValueError(
+            f"attention_mask has shape {given}, but this call holds {num_rows} rows of {length} tokens that "
+            f"see {num_columns} columns. Pass a 2D mask, or one of shape (rows, 1, tokens, columns)."
+        )
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise ValueError(
+            f"The 4D attention_mask is of {attention_mask.dtype}. Pass one of torch.bool, True where a token "
+            "is seen, or floats that are added to the scores."
+        )
+
+
 class DPVRPreTrainedModel(LlavaPreTrainedModel):
     config: DPVRConfig
     config_class = DPVRConfig
@@ -994,35 +1029,10 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         num_seen: int | torch.Tensor,
         is_packed: bool,
     ) -> None:
-        """Refuses what would be computed wrongly without a word. `shape` is that of the embeddings, `(B, T, D)`."""
-        num_rows, length, _ = shape
-        if not (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
-            raise ValueError(
-                f"attention_mask is a {type(attention_mask).__name__}, of which streams cannot take a part. Pass a "
-                "tensor, 2D or 4D."
-            )
-        num_masked = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else None
-        # How many tokens a static cache holds is on the device: a mask too short for it fails where it is read
-        if num_masked is not None and isinstance(num_seen, int) and num_masked < num_seen + length:
-            raise ValueError(
-                f"attention_mask covers {num_masked} tokens, but the cache holds {num_seen} and this call {length} "
-                f"more. Pass a mask of {num_seen + length} columns."
-            )
-        # Else the next three fail where the cache has the tokens' slots, but not their keys
-        if attention_mask is not None and attention_mask.ndim != 2:
-            is_static = cache is not None and isinstance(cache.layers[0], StaticLayer)
-            num_columns = cache.layers[0].max_cache_len if is_static else num_seen + length
-            given = tuple(attention_mask.shape)
-            if len(given) != 4 or given[0] not in (1, num_rows) or given[2:] != (length, num_columns):
-                raise ValueError(
-                    f"attention_mask has shape {given}, but this call holds {num_rows} rows of {length} tokens that "
-                    f"see {num_columns} columns. Pass a 2D mask, or one of shape (rows, 1, tokens, columns)."
-                )
-            if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-                raise ValueError(
-                    f"The 4D attention_mask is of {attention_mask.dtype}. Pass one of torch.bool, True where a token "
-                    "is seen, or floats that are added to the scores."
-                )
+        """Refuses what would be computed wrongly without a word, or would fail where the cache has the tokens' slots
+        but not their keys. `shape` is that of the embeddings, `(B, T, D)`."""
+        length = shape[1]
+        check_mask(attention_mask, shape, cache, num_seen)
         if position_ids is not None and position_ids.shape[-1] != length:
             raise ValueError(
                 f"position_ids has shape {tuple(position_ids.shape)} but this call holds {length} tokens. Pass those "
