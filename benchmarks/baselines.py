@@ -153,18 +153,33 @@ class Tokens:
         valid: `(B, N)`, False where a row has fewer tokens than N.
         is_vision: `(B, N)`.
         rotary: cosines and sines of their positions, each `(B, N, head_dim)`.
+        is_whole: whether they are the call as it is.
+        is_ragged: False if `valid` is known to be True everywhere.
     """
 
     index: torch.LongTensor
     valid: torch.BoolTensor
     is_vision: torch.BoolTensor
     rotary: tuple[torch.Tensor, torch.Tensor]
+    is_whole: bool = False
+    is_ragged: bool = True
 
-    def select(self, kept: torch.BoolTensor, width: int) -> tuple["Tokens", torch.LongTensor]:
-        """Those of `kept` `(B, N)`, at most `width` a row, and where they were among these, `(B, width)`."""
-        where, valid = pack(kept, width)
+    def select(self, kept: torch.BoolTensor, widths: list[int]) -> tuple["Tokens", torch.LongTensor]:
+        """Those of `kept` `(B, N)`, by row as many as `widths` says, and where they were among these, `(B, N)`."""
+        where, valid = pack(kept, max(widths))
         rotary = tuple(take(x, where) for x in self.rotary)
-        return Tokens(self.index.gather(1, where), valid, (self.is_vision & kept).gather(1, where), rotary), where
+        index, is_vision = self.index.gather(1, where), (self.is_vision & kept).gather(1, where)
+        return Tokens(index, valid, is_vision, rotary, is_ragged=len(set(widths)) > 1), where
+
+
+class SlotLayer(DynamicLayer):
+    """Which slots of the layers behind a drop hold a token.
+
+    Attributes:
+        is_ragged: whether some of those that the prompt filled hold none.
+    """
+
+    is_ragged = True
 
 
 def choose(tokens: Tokens, scores: torch.Tensor | None, num_kept: torch.LongTensor) -> torch.BoolTensor:
@@ -187,7 +202,10 @@ def choose(tokens: Tokens, scores: torch.Tensor | None, num_kept: torch.LongTens
 
 def put(tensor: torch.Tensor, tokens: Tokens, update: torch.Tensor) -> torch.Tensor:
     """A copy of `tensor` `(B, T, D)` with `update` `(B, N, D)` in the columns of `tokens`."""
-    update = torch.where(tokens.valid[..., None], update, take(tensor, tokens.index))
+    if tokens.is_whole:
+        return update
+    if tokens.is_ragged:
+        update = torch.where(tokens.valid[..., None], update, take(tensor, tokens.index))
     return tensor.scatter(1, tokens.index[..., None].expand_as(update), update)
 
 
@@ -286,17 +304,16 @@ class PrunedLlavaModel(LlavaModel):
         stages = {stage.layer: stage for stage in self.stages if stage.layer < len(layers)}
         is_prompt = cache.get_seq_length() == 0
         if is_prompt:  # behind the layers' keys and values: which slots of each stage hold a token
-            cache.layers.extend(DynamicLayer() for _ in stages)
-        elif is_vision.any():
+            cache.layers.extend(SlotLayer() for _ in stages)
+        elif is_vision.shape[1] > 1 and is_vision.any():  # one token is a generated one: nothing to ask the device
             raise ValueError("Image tokens in a later call: read the whole prompt, all images included, in one call.")
         tokens = self.find_tokens(inputs_embeds, is_vision, attention_mask, position_ids, cache.get_seq_length())
-        if last_column is None:
+        if last_column is None and is_prompt:
             last_column = torch.where(tokens.valid, tokens.index, 0).amax(1)
 
         mask = self.make_mask(inputs_embeds, attention_mask, cache, 0)
         # Counted before the layers run: on the way, the host would wait for the device at every stage
         has_vision, num_kept, widths = self.count_kept(tokens, stages) if is_prompt else (False, {}, {})
-        is_ragged = mask is not None or not is_prompt
         hidden_states = all_states = layer_input = inputs_embeds
         for i in range(first_layer, end_layer + 1):
             if i in stages:
@@ -305,12 +322,19 @@ class PrunedLlavaModel(LlavaModel):
                     scores = None
                     if stages[i].ranks and has_vision:
                         scores = self.rank(stages[i], tokens, layer_input, hidden_states, last_column, cache)
-                    tokens, where = tokens.select(choose(tokens, scores, num_kept[i]), max(widths[i]))
+                    tokens, where = tokens.select(choose(tokens, scores, num_kept[i]), widths[i])
                     hidden_states = take(hidden_states, where)
+                slot_layer = len(layers) + list(stages).index(i)
                 slots = tokens.valid[:, None, :, None]
-                slots = cache.update(slots, slots[..., :0], len(layers) + list(stages).index(i))[0]
-                if is_ragged or len(set(widths[i])) > 1:
-                    mask = self.make_mask(hidden_states, slots[:, 0, :, 0], cache, i)
+                slots = cache.update(slots, slots[..., :0], slot_layer)[0]
+                if is_prompt:
+                    cache.layers[slot_layer].is_ragged = tokens.is_ragged
+                is_ragged = cache.layers[slot_layer].is_ragged
+                if mask is not None or is_ragged:
+                    # Where it is known to be needed, the host does not wait for the device to tell
+                    mask = self.make_mask(
+                        hidden_states, slots[:, 0, :, 0], cache, i, allow_is_causal_skip=not is_ragged
+                    )
             if i < end_layer:
                 layer_input = hidden_states
                 hidden_states = layers[i](
@@ -345,7 +369,7 @@ class PrunedLlavaModel(LlavaModel):
         position_ids = columns[None] + num_seen if position_ids is None else position_ids
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         rotary = tuple(x.expand(len(valid), -1, -1) for x in rotary)
-        return Tokens(columns.expand_as(is_vision), valid, is_vision & valid, rotary)
+        return Tokens(columns.expand_as(is_vision), valid, is_vision & valid, rotary, is_whole=True)
 
     def rank(
         self,
@@ -377,9 +401,10 @@ class PrunedLlavaModel(LlavaModel):
         return attention_received(layer, take(states, asking), rotary, keys, is_earlier & asks & visible[:, None])
 
     def make_mask(
-        self, hidden_states: torch.Tensor, slots: torch.Tensor | None, cache: Cache, layer_idx: int
+        self, hidden_states: torch.Tensor, slots: torch.Tensor | None, cache: Cache, layer_idx: int, **options
     ) -> torch.Tensor | None:
-        """Causal mask of the layers from `layer_idx` on. `slots` `(B, seen + N)` is 0 or False at padding."""
+        """Causal mask of the layers from `layer_idx` on. `slots` `(B, seen + N)` is 0 or False at padding; `options`
+        of `create_causal_mask`."""
         config, num_tokens = self.language_model.config, cache.get_seq_length(layer_idx) + hidden_states.shape[1]
         window = attention_window(config)
         if window and num_tokens > window:
@@ -392,6 +417,7 @@ class PrunedLlavaModel(LlavaModel):
             attention_mask=slots,
             layer_idx=layer_idx,
             **{CACHE: cache},
+            **options,
         )
 
 

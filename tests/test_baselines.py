@@ -260,6 +260,26 @@ def test_the_host_waits_for_nothing_once_the_layers_read_a_prompt(monkeypatch, p
     assert not reads
 
 
+@pytest.mark.parametrize("rows", [["tItt", "ttIt"], ["tItt", "tt"]])
+@pytest.mark.parametrize("method", METHODS)
+def test_at_a_generated_token_the_host_waits_for_no_more_than_in_llava(monkeypatch, llava, pruned, method, rows):
+    def reads_of(model):
+        mask, cache = batch["attention_mask"], DynamicCache(config=model.config.text_config)
+        with torch.no_grad():
+            model(**batch, past_key_values=cache)
+            reads.clear()
+            step = {
+                "input_ids": torch.tensor([[20]] * len(rows)),
+                "attention_mask": torch.cat([mask, mask[:, -1:]], 1),
+            }
+            model(**step, past_key_values=cache)
+        return list(reads)
+
+    batch, reads = inputs_of(rows), record_reads(monkeypatch)
+    pruned.stages = METHODS[method]
+    assert reads_of(pruned) == reads_of(llava)
+
+
 def test_images_after_the_first_call_are_refused(pruned):
     cache = run(pruned, vtw(2), inputs_of(["tIt"])).past_key_values
     with pytest.raises(ValueError, match="Image tokens in a later call"):
