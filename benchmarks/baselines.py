@@ -117,28 +117,22 @@ def attention_received(
 
     Args:
         layer: decoder layer whose query projection is used.
-        states: `(B, Q, D)`, input of `layer` at the tokens that ask.
+        states: `(B, Q, D)`, normalized input of `layer` at the tokens that ask.
         rotary: cosines and sines of their positions, each `(B, Q, head_dim)`.
         keys: `(B, key/value heads, N, head_dim)`, rotated, of the same layer.
         visible: `(B, Q, N)`, False at padding and at tokens after the one that asks.
     """
     attention = layer.self_attn
-    queries = attention.q_proj(layer.input_layernorm(states))
-    queries = queries.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    queries, _ = apply_rotary_pos_emb(queries, queries, *rotary)
+    queries = rotate(attention.q_proj(states), attention.head_dim, rotary)
     scores = queries @ repeat_kv(keys, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
     scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
     return (scores.softmax(-1, dtype=torch.float32).mean(1) * visible).sum(1)  # what padding asks counts nothing
 
 
-def project_keys(
-    layer: nn.Module, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """Rotated keys `(B, key/value heads, N, head_dim)` of a layer that has not run. `hidden_states` `(B, N, D)`."""
-    attention = layer.self_attn
-    keys = attention.k_proj(layer.input_layernorm(hidden_states))
-    keys = keys.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    return apply_rotary_pos_emb(keys, keys, *rotary)[1]
+def rotate(projected: torch.Tensor, head_dim: int, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Queries or keys `(B, N, heads * head_dim)` in the positions of `rotary`: `(B, heads, N, head_dim)`."""
+    heads = projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return apply_rotary_pos_emb(heads[:, :0], heads, *rotary)[1]
 
 
 # The tokens of a call on their way through the layers
@@ -182,22 +176,12 @@ class SlotLayer(DynamicLayer):
     is_ragged = True
 
 
-def choose(tokens: Tokens, scores: torch.Tensor | None, num_kept: torch.LongTensor) -> torch.BoolTensor:
-    """All text tokens and, of each row, the `num_kept` vision tokens with the highest scores, the earlier of equals.
-
-    Args:
-        scores: `(B, N)`, or None where all vision tokens go or all stay.
-        num_kept: `(B,)`.
-
-    Returns:
-        `(B, N)`.
-    """
-    if scores is None:
-        scores = torch.zeros(tokens.valid.shape, device=tokens.valid.device)
+def choose(tokens: Tokens, scores: torch.Tensor, num_kept: torch.LongTensor) -> torch.BoolTensor:
+    """The vision tokens with the highest scores `(B, N)`, the earlier of equals, of each row `num_kept` `(B,)`: where
+    they are, `(B, N)`."""
     order = scores.masked_fill(~tokens.is_vision, -math.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(dim=-1)
-    is_high = rank < num_kept[:, None]
-    return tokens.valid & (~tokens.is_vision | is_high)
+    is_high = torch.arange(order.shape[1], device=order.device) < num_kept[:, None]
+    return torch.zeros_like(tokens.is_vision).scatter(1, order, is_high)
 
 
 def put(tensor: torch.Tensor, tokens: Tokens, update: torch.Tensor) -> torch.Tensor:
@@ -235,7 +219,7 @@ class PrunedLlavaModel(LlavaModel):
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """As LLaVA's, but for hidden states and attentions, which are not recorded. `last_hidden_state` is
-        `(B, T, D)`; a dropped token keeps the state in which it was dropped.
+        `(B, T, D)`; that of a dropped token is its embedding.
 
         Args:
             past_key_values, cache: a DynamicCache, by its name before or after transformers 5.24. Layers after a drop
@@ -274,11 +258,11 @@ class PrunedLlavaModel(LlavaModel):
         hidden_states = self.decode(inputs_embeds, is_vision, attention_mask, position_ids, cache, last_column)
         return LlavaModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache if use_cache else None})
 
-    def decode(self, *arguments) -> torch.Tensor:
-        """The decoder on embeddings `(B, T, D)`: its last, normalized states, `(B, T, D)`. Arguments as in
+    def decode(self, inputs_embeds: torch.Tensor, *arguments) -> torch.Tensor:
+        """The decoder on embeddings `(B, T, D)`: its last, normalized states, `(B, T, D)`. Other arguments as in
         `run_layers`."""
-        tokens, hidden_states, all_states = self.run_layers(*arguments)
-        return put(all_states, tokens, self.language_model.norm(hidden_states))
+        tokens, hidden_states = self.run_layers(inputs_embeds, *arguments)
+        return put(inputs_embeds, tokens, self.language_model.norm(hidden_states))
 
     def run_layers(
         self,
@@ -290,9 +274,8 @@ class PrunedLlavaModel(LlavaModel):
         last_column: torch.LongTensor | None,
         first_layer: int = 0,
         end_layer: int | None = None,
-    ) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
-        """The tokens that `end_layer` sees, their states `(B, N, D)`, and a tensor `(B, T, D)` to put these in, which
-        holds those of dropped tokens.
+    ) -> tuple[Tokens, torch.Tensor]:
+        """The tokens that `end_layer` sees, and their states `(B, N, D)`.
 
         Args:
             first_layer: where to begin, if `inputs_embeds` are the states that reach this layer; no stage and no
@@ -314,15 +297,15 @@ class PrunedLlavaModel(LlavaModel):
         mask = self.make_mask(inputs_embeds, attention_mask, cache, 0)
         # Counted before the layers run: on the way, the host would wait for the device at every stage
         has_vision, num_kept, widths = self.count_kept(tokens, stages) if is_prompt else (False, {}, {})
-        hidden_states = all_states = layer_input = inputs_embeds
+        hidden_states = layer_input = inputs_embeds
         for i in range(first_layer, end_layer + 1):
             if i in stages:
                 if is_prompt:
-                    all_states = put(all_states, tokens, hidden_states)
-                    scores = None
+                    kept = tokens.valid if stages[i].share == 1 else tokens.valid & ~tokens.is_vision
                     if stages[i].ranks and has_vision:
                         scores = self.rank(stages[i], tokens, layer_input, hidden_states, last_column, cache)
-                    tokens, where = tokens.select(choose(tokens, scores, num_kept[i]), widths[i])
+                        kept = kept | choose(tokens, scores, num_kept[i])
+                    tokens, where = tokens.select(kept, widths[i])
                     hidden_states = take(hidden_states, where)
                 slot_layer = len(layers) + list(stages).index(i)
                 slots = tokens.valid[:, None, :, None]
@@ -340,7 +323,7 @@ class PrunedLlavaModel(LlavaModel):
                 hidden_states = layers[i](
                     hidden_states, attention_mask=mask, position_embeddings=tokens.rotary, **{CACHE: cache}
                 )
-        return tokens, hidden_states, all_states
+        return tokens, hidden_states
 
     def count_kept(
         self, tokens: Tokens, stages: dict[int, Stage]
@@ -388,17 +371,21 @@ class PrunedLlavaModel(LlavaModel):
         """
         layer = self.language_model.layers[stage.ranking_layer]
         visible = tokens.valid & (tokens.index <= last_column[:, None])
-        asking = torch.arange(visible.shape[1], device=visible.device).expand_as(visible)
-        if not stage.all_ask:
-            asking = torch.where(visible, tokens.index, -1).argmax(1, keepdim=True)
-        if stage.ranking_layer == stage.layer:
-            states, keys = hidden_states, project_keys(layer, hidden_states, tokens.rotary)
+        if stage.all_ask:
+            asking = torch.arange(visible.shape[1], device=visible.device).expand_as(visible)
+            is_earlier = tokens.index[:, None] <= tokens.index[..., None]
+            seen = is_earlier & visible[..., None] & visible[:, None]
         else:
-            states, keys = layer_input, cache.layers[stage.ranking_layer].keys
-        is_earlier = tokens.index[:, None] <= tokens.index.gather(1, asking)[..., None]
-        asks = visible.gather(1, asking)[..., None]
-        rotary = tuple(take(x, asking) for x in tokens.rotary)
-        return attention_received(layer, take(states, asking), rotary, keys, is_earlier & asks & visible[:, None])
+            asking = torch.where(visible, tokens.index, -1).argmax(1, keepdim=True)
+            seen = visible[:, None]  # the last of them asks
+        if stage.ranking_layer == stage.layer:
+            normalized = layer.input_layernorm(hidden_states)
+            keys = rotate(layer.self_attn.k_proj(normalized), layer.self_attn.head_dim, tokens.rotary)
+            states = take(normalized, asking)
+        else:
+            keys = cache.layers[stage.ranking_layer].keys
+            states = layer.input_layernorm(take(layer_input, asking))
+        return attention_received(layer, states, tuple(take(x, asking) for x in tokens.rotary), keys, seen)
 
     def make_mask(
         self, hidden_states: torch.Tensor, slots: torch.Tensor | None, cache: Cache, layer_idx: int, **options

@@ -204,8 +204,9 @@ def pruned_features(model: PrunedLlava, stages: tuple[baselines.Stage, ...], bat
     model.stages = stages
     last = len(model.model.language_model.layers) - 1
     if stages:
-        tokens, states, all_states = model.model.run_layers(*decoder_arguments(model, batch), end_layer=last)
-        states = baselines.put(all_states, tokens, states)
+        arguments = decoder_arguments(model, batch)
+        tokens, states = model.model.run_layers(*arguments, end_layer=last)
+        states = baselines.put(arguments[0], tokens, states)
         is_kept = torch.zeros_like(batch.is_vision).scatter(1, tokens.index, tokens.valid)
     else:
         states, is_kept = batch.states[last].float(), batch.attention_mask.bool()

@@ -2,12 +2,15 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """FastV, VTW and PyramidDrop against a slow direct computation, their cost against torch's counter and real caches."""
 
+from collections import Counter
+
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies
 from test_accounting import NUM_PATCHES, SHAPES, build, count, llava_config, prompt
 from tiny import IMAGE, NUM_LAYERS, TOKENS_PER_IMAGE, make_batch, make_llava, record_reads
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import accounting
@@ -258,6 +261,34 @@ def test_the_host_waits_for_nothing_once_the_layers_read_a_prompt(monkeypatch, p
         pruned(**batch, mm_encoder_outputs=features)
     handle.remove()
     assert not reads
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators by name, those without a result apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not isinstance(result, torch.Tensor) or result.numel():
+            self.counts[function.name().split(".")[0].removeprefix("aten::")] += 1
+        return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_drop_sorts_to_rank_and_to_pack_and_turns_no_key_twice(pruned, method):
+    """As DPVR's routing, which it is timed beside: on a GPU that waits for its host every kernel counts."""
+    with Operators() as dense:
+        run(pruned, (), inputs_of(["tItt"]))
+    with Operators() as dropping:
+        run(pruned, METHODS[method], inputs_of(["tItt"]))
+    more, ranking = dropping.counts - dense.counts, sum(stage.ranks for stage in METHODS[method])
+    assert more["sort"] == len(METHODS[method]) + ranking
+    looks_ahead = sum(stage.ranking_layer == stage.layer for stage in METHODS[method])
+    assert more["neg"] == ranking + looks_ahead  # the queries' rotation, and that of keys which are not there yet
+    assert more["scatter"] == ranking + 1  # the states are put in their places once
 
 
 @pytest.mark.parametrize("rows", [["tItt", "ttIt"], ["tItt", "tt"]])
