@@ -3,12 +3,16 @@
 """What the benchmarks share as commands: which numbers mean something, where a record can go and how it gets there."""
 
 import argparse
+import atexit
+import fcntl
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -19,6 +23,7 @@ from write_checkpoint import interrupted_by_sigterm
 GOES_ON = "what was measured so far is in --output, and the same command goes on from there"
 SO_FAR = "what was measured so far is in --output, and the same command starts anew"
 NOTHING = "nothing was written"
+LOCKS: dict[Path, BinaryIO] = {}  # of this process, by record, held until it ends
 
 
 def run_command(main: Callable[[], int | None], kept: str) -> int:
@@ -117,10 +122,26 @@ def read_record(path: Path, keys: Iterable[str]) -> dict:
     return record
 
 
+def lock_record(path: Path) -> None:
+    """Keeps a record, until this process ends, for this run alone; ends with a sentence if another adds to it: each
+    would drop what the other measured."""
+    path = path.resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    while path not in LOCKS:
+        file = lock.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SystemExit(f"Another run writes to {path}: choose another --output, or wait for its end.") from error
+        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # no run that ended removed it
+            LOCKS[path] = file
+            atexit.register(lock.unlink, missing_ok=True)
+
+
 def write_record(path: Path, record: dict, indent: int = 2) -> None:
-    """Writes JSON; a run that is killed meanwhile leaves the file as it was."""
+    """Writes JSON; a run that is killed meanwhile leaves the file as it was, and two at once write each its own."""
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     new.write_text(json.dumps(record, indent=indent) + "\n")
     new.replace(path)

@@ -44,6 +44,7 @@ from benchmarks.command import (
     check_learning_rate,
     check_numbers,
     check_output,
+    lock_record,
     read_record,
     run_command,
     write_record,
@@ -191,7 +192,9 @@ def evaluate(model: StagedModel, batches: list[dict], dense: bool = False) -> di
 
 
 def read_results(path: Path, new: dict) -> dict:
-    """The record of an earlier run, which must be one with the settings of `new`, or `new` if there is none."""
+    """The record of an earlier run, which must be one with the settings of `new`, or `new` if there is none; no other
+    run may add to it now."""
+    lock_record(path)
     if not path.exists():
         return new
     record = read_record(path, new)

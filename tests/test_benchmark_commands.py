@@ -3,6 +3,7 @@
 """The commands of benchmarks/ before they measure, and how they write what they measured."""
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -115,6 +116,37 @@ def test_a_record_is_whole_whenever_its_run_is_killed(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
         write_record(path, {"runs": [1, 2]})
+    assert json.loads(path.read_text()) == {"runs": [1]}
+
+
+def test_a_record_that_another_run_adds_to_is_refused_at_once(tmp_path):
+    path, settings = tmp_path / "record.json", {"settings": {}}
+    other = (tmp_path / ".record.json.lock").open("ab")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(SystemExit, match=r"Another run writes to .*record\.json: choose another --output"):
+        side_branch_seeds.read_results(path, settings)
+    other.close()
+    for _ in range(2):  # a run does not refuse itself
+        assert side_branch_seeds.read_results(path, settings) is settings
+    with pytest.raises(BlockingIOError):
+        fcntl.flock((tmp_path / ".record.json.lock").open("ab"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_two_runs_that_write_a_record_at_once_write_each_its_own(monkeypatch, tmp_path):
+    path, write_text = tmp_path / "record.json", Path.write_text
+
+    def other_run_meanwhile(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+            monkeypatch.setattr(Path, "write_text", write_text)
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: 1)
+                write_record(path, {"runs": [2]})
+            assert json.loads(path.read_text()) == {"runs": [2]}
+            file.write(text[len(text) // 2 :])
+
+    monkeypatch.setattr(Path, "write_text", other_run_meanwhile)
+    write_record(path, {"runs": [1]})
     assert json.loads(path.read_text()) == {"runs": [1]}
 
 
