@@ -10,7 +10,8 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,17 +110,30 @@ def check_figure(parser: argparse.ArgumentParser, option: str, path: Path) -> No
         parser.error(f"{option} {path}: the name must end in one of .{', .'.join(known)}")
 
 
-def read_record(path: Path, keys: Iterable[str]) -> dict:
-    """A record that an earlier run wrote, which has `keys`; ends with a sentence if there is none that can be read."""
+def read_record(path: Path, shape: dict) -> dict:
+    """A record that an earlier run wrote, of a `shape` as of `misfit`; ends with a sentence if there is none that can
+    be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise SystemExit(f"{path} is no record of this benchmark: it holds no JSON object.")
-    if missing := [key for key in keys if key not in record]:
-        raise SystemExit(f"{path} is no record of this benchmark: it has no {', '.join(missing)}.")
+    if wrong := misfit(record, shape):
+        raise SystemExit(f"{path} is no record of this benchmark: {wrong}.")
     return record
+
+
+def misfit(value, shape: type | dict, *keys: str) -> str | None:
+    """What of a record is not as its shape says, or None: a type, or shapes by key, that of `str` for all others.
+    `keys` lead to the value."""
+    name = f"its {'.'.join(keys)}" if keys else "it"
+    if not isinstance(shape, dict):
+        return None if isinstance(value, shape) else f"{name} is no {'number' if shape is Real else shape.__name__}"
+    if not isinstance(value, dict):
+        return f"{name} holds no JSON object"
+    if missing := [key for key in shape if key is not str and key not in value]:
+        return f"{name} has no {', '.join(missing)}"
+    wrong = (misfit(inner, shape.get(key, shape.get(str, object)), *keys, key) for key, inner in value.items())
+    return next(filter(None, wrong), None)
 
 
 def lock_record(path: Path) -> None:

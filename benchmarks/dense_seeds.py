@@ -163,11 +163,11 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     if args.models:
         settings = {name: getattr(args, name) for name in SETTINGS}
-        record = read_results(args.output, {"settings": settings, "models": {}})
+        record = read_results(args.output, {"settings": settings, "models": {}}, quality_report.SHAPE)
         for seed, folder in zip(args.trained_from, args.models, strict=True):
             quality.measure(f"seed {seed}", folder, args, record, method_names())
     else:
-        record = read_record(args.output, ("settings", "models"))
+        record = read_record(args.output, quality_report.SHAPE)
     print(table(record), costs_in_llava(record), by_layer(record), sep="\n\n")
     return 0
 

@@ -437,7 +437,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     torch.set_num_threads(1)
-    records = read_record(args.output, ()) if args.output.exists() else {}
+    records = read_record(args.output, {}) if args.output.exists() else {}
     record = TARGETS[args.target](args.inputs, args.seed, progress=True)
     record["command"] = f"python benchmarks/fuzz.py --target {args.target} --inputs {args.inputs} --seed {args.seed}"
     record["versions"] = {

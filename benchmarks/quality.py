@@ -499,13 +499,13 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     if args.report:
-        record = read_record(args.output, ("settings", "models"))
+        record = read_record(args.output, quality_report.SHAPE)
         record["models"] = {name: result for name, result in record["models"].items() if name in args.models}
         if not record["models"]:
             raise SystemExit(f"{args.output} has no results of {', '.join(args.models)}.")
     else:
         settings = {name: getattr(args, name) for name in SETTINGS}
-        record = read_results(args.output, {"settings": settings, "models": {}})
+        record = read_results(args.output, {"settings": settings, "models": {}}, quality_report.SHAPE)
         for name in args.models:
             measure(name, ROOT / "examples" / name, args, record)
     entries = quality_report.summarize(record)

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import permutations, product
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ from configuration_dpvr import DPVRConfig
 
 VISION_HEAVY = ("count", "describe")
 KEPT = 0.99  # of dense accuracy: what methods are compared at
+CELLS = {str: {str: dict.fromkeys(task.KINDS, Real)}}  # by method and seed
+SHAPE = {"settings": {}, "models": {str: {"prompt_lengths": {str: {str: Real}}, "cells": CELLS}}}  # of a record
 ONE_PROMPT = {64: 1}  # text tokens beside one image, and how many such prompts there are
 
 

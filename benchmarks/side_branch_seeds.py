@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import product
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "side_branch_seeds.json"
 LLAVA = ROOT / "examples" / "tiny-llava"
 INITS = ("identity", "copy", "random")
 SETTINGS = ("steps", "batch_size", "learning_rate", "pool", "questions")
+MEASURED = ("accuracy", *task.KINDS, "token_accuracy", "kl")
+SHAPE = {"settings": {}, "cells": {str: dict.fromkeys(MEASURED, Real)}}  # of a record
 
 
 def converted(saturation_layer: int, init: str, seed: int, folder: Path) -> Path:
@@ -191,13 +194,13 @@ def evaluate(model: StagedModel, batches: list[dict], dense: bool = False) -> di
 # The run
 
 
-def read_results(path: Path, new: dict) -> dict:
-    """The record of an earlier run, which must be one with the settings of `new`, or `new` if there is none; no other
-    run may add to it now."""
+def read_results(path: Path, new: dict, shape: dict) -> dict:
+    """The record of an earlier run, which must be of this `shape` and one with the settings of `new`, or `new` if
+    there is none; no other run may add to it now."""
     lock_record(path)
     if not path.exists():
         return new
-    record = read_record(path, new)
+    record = read_record(path, {**dict.fromkeys(new, object), **shape})
     if record["settings"] != new["settings"]:
         raise SystemExit(
             f"{path} was made with {record['settings']}, this run would be with {new['settings']}: choose another "
@@ -275,7 +278,7 @@ def summarize(record: dict) -> list[dict]:
         for result in results:
             lost = dense - routed
             result["recovered"] = (result["accuracy"] - routed) / lost if lost > 0 else float("nan")
-        for name in ("recovered", "accuracy", *task.KINDS, "token_accuracy", "kl"):
+        for name in ("recovered", *MEASURED):
             entry[name] = mean_interval([result[name] for result in results])
         entries.append(entry)
     return entries
@@ -359,10 +362,10 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     if args.table:
-        record = read_record(args.output, ("settings", "cells"))
+        record = read_record(args.output, SHAPE)
     else:
         settings = {name: getattr(args, name) for name in SETTINGS}
-        record = read_results(args.output, {"settings": settings, "versions": versions(), "cells": {}})
+        record = read_results(args.output, {"settings": settings, "versions": versions(), "cells": {}}, SHAPE)
         llava = LlavaForConditionalGeneration.from_pretrained(LLAVA, dtype=torch.float32)
         check_weights(args.output, record, llava, LLAVA)
         folder = Path(tempfile.mkdtemp(prefix="side-branch-seeds-"))

@@ -180,7 +180,7 @@ def equal_settings(llava: str, num_layers: int) -> dict[str, Routed | tuple]:
     same shares of the depth; what is computed alike, because only its training differs, stands there once."""
     from benchmarks import quality, quality_methods, quality_report
 
-    record, found = read_record(quality.RESULTS, ("models",)), {}
+    record, found = read_record(quality.RESULTS, quality_report.SHAPE), {}
     entries, own = quality_report.summarize(record), quality_report.depths(record)[llava]
     for name, (setting, _) in quality_report.settings_at_depth(entries, llava, own, num_layers).items():
         if isinstance(setting, quality_methods.Routing):

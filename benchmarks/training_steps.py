@@ -54,6 +54,7 @@ STUDIED = {  # by LLaVA; names as of `quality_methods.methods`
     ),
 }
 SETTINGS = ("questions", "batch_size", "learning_rate", "pool", "loss")
+SHAPE = {"models": {str: {"cells": {str: quality_report.CELLS}, "untrained": quality_report.CELLS}}}  # of a record
 
 
 def measure(name: str, args, record: dict) -> None:
@@ -160,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     torch.set_num_threads(args.threads)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    record = read_results(args.output, {"settings": settings, "versions": versions(), "models": {}})
+    record = read_results(args.output, {"settings": settings, "versions": versions(), "models": {}}, SHAPE)
     for name in args.models:
         measure(name, args, record)
     print(table(record))

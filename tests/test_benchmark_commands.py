@@ -4,6 +4,7 @@
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import re
@@ -120,14 +121,14 @@ def test_a_record_is_whole_whenever_its_run_is_killed(monkeypatch, tmp_path):
 
 
 def test_a_record_that_another_run_adds_to_is_refused_at_once(tmp_path):
-    path, settings = tmp_path / "record.json", {"settings": {}}
+    path, new = tmp_path / "record.json", {"settings": {}}
     other = (tmp_path / ".record.json.lock").open("ab")
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(SystemExit, match=r"Another run writes to .*record\.json: choose another --output"):
-        side_branch_seeds.read_results(path, settings)
+        side_branch_seeds.read_results(path, new, {})
     other.close()
     for _ in range(2):  # a run does not refuse itself
-        assert side_branch_seeds.read_results(path, settings) is settings
+        assert side_branch_seeds.read_results(path, new, {}) is new
     with pytest.raises(BlockingIOError):
         fcntl.flock((tmp_path / ".record.json.lock").open("ab"), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -175,6 +176,35 @@ def test_a_file_that_is_no_record_is_refused_by_its_name(monkeypatch, tmp_path):
     path.write_text("[]")  # fuzz.py, which asks for no key, replaces an entry
     with pytest.raises(SystemExit, match="no JSON object"):
         fuzz.main(["--output", str(path), "--inputs", "1"])
+
+
+@pytest.mark.parametrize(
+    ("script", "report", "place", "value", "why"),
+    [
+        (quality, ["--report"], ["models"], [], "its models holds no JSON object"),
+        (quality, [], ["models", "tiny-llava"], {}, "its models.tiny-llava has no prompt_lengths, cells"),
+        (quality, [], ["models", "tiny-llava", "cells", "vtw/3", "0"], {}, "its .*.cells.vtw/3.0 has no look, count"),
+        (
+            dense_seeds,
+            [],
+            ["models", "seed 1", "cells", "dense", "0", "look"],
+            "x",
+            "its .*.dense.0.look is no number",
+        ),
+        (side_branch_seeds, ["--table"], ["cells", "3/dense", "kl"], None, "its cells.3/dense.kl is no number"),
+        (training_steps, [], ["models", "tiny-llava", "cells"], 1, "its models.tiny-llava.cells holds no JSON object"),
+    ],
+)
+def test_a_record_that_is_damaged_within_is_refused_by_what_is_wrong(
+    script, report, place, value, why, monkeypatch, tmp_path
+):
+    path, record = tmp_path / "record.json", json.loads(script.RESULTS.read_text())
+    *outer, last = place
+    functools.reduce(dict.__getitem__, outer, record)[last] = value
+    path.write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--output", str(path), *report])
+    with pytest.raises(SystemExit, match=rf"record.json is no record of this benchmark: {why}"):
+        script.main()
 
 
 def test_a_report_on_a_model_without_results_says_so(monkeypatch):
