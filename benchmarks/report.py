@@ -67,7 +67,20 @@ class ReportError(Exception):
 def read(path: Path, wanted_by: str):
     if not path.is_file():
         raise ReportError(f"The page shows {wanted_by}, but there is no {path.relative_to(ROOT)}.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ReportError(f"The page shows {wanted_by}, but {path.relative_to(ROOT)} is no JSON: {error}.") from error
+
+
+def make_of(records: list, function: Callable, wanted_by: str):
+    """What `function` makes of records, which may have another shape than it reads."""
+    try:
+        return function(*records)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, StopIteration) as error:
+        raise ReportError(
+            f"The page shows {wanted_by}, which cannot be made of its result files: {type(error).__name__}: {error}."
+        ) from error
 
 
 def accuracy_table(record: dict) -> str:
@@ -177,7 +190,7 @@ def make_table(name: str) -> str:
     """The Markdown of a table, by its name in a page."""
     if name in TABLES:
         function, files = TABLES[name]
-        return function(*(read(ROOT / file, f"table {name}") for file in files))
+        return make_of([read(ROOT / file, f"table {name}") for file in files], function, f"table {name}")
     results, _, function_name = name.partition(".")
     record = read(RESULTS / f"{results.replace('-', '_')}.json", f"table {name}")
     try:
@@ -186,7 +199,7 @@ def make_table(name: str) -> str:
         raise ReportError(
             f"The page shows table {name}, which is neither in TABLES nor a benchmark's: {error}."
         ) from error
-    return function(record)
+    return make_of([record], function, f"table {name}")
 
 
 def module_of(results: str):
@@ -203,7 +216,7 @@ def figures_of(results: str, path: Path) -> dict:
         function = module_of(results).figures
     except (ModuleNotFoundError, AttributeError) as error:
         raise ReportError(f"The page shows figures of {results}, which no benchmark works out: {error}.") from error
-    return {"figures": function(record)}
+    return {"figures": make_of([record], function, f"figures of {results}")}
 
 
 @functools.cache

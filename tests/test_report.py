@@ -45,6 +45,22 @@ def test_a_stale_page_fails_the_check_and_is_left_as_it_is(results, monkeypatch,
     assert "bad.md: The page shows table absent, but there is no absent.json" in capsys.readouterr().err
 
 
+def test_a_damaged_result_file_is_an_error_in_one_sentence(results, monkeypatch, capsys):
+    page, made = results / "page.md", results / "made.json"
+    monkeypatch.setattr(report, "PAGES", [page])
+    for text, content, why in (
+        (TABLE, '{"peak": []}', "table made, which cannot be made of its result files: KeyError: 'name'"),
+        ("A <!-- value:made.figures.most.of all -->0<!-- /value -->", '{"peak": 1}', "figures of made, which cannot"),
+        (TABLE, '{"peak": ', "table made, but made.json is no JSON: Expecting value"),
+    ):
+        page.write_text(text)
+        made.write_text(content)
+        assert report.main(["--check"]) == 2
+        said = capsys.readouterr().err
+        assert f"error: page.md: The page shows {why}" in said
+        assert said.count("\n") == 1
+
+
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit):
         report.main(["--help"])
