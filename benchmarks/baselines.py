@@ -15,10 +15,10 @@ later layer and holds no key or value there. They differ in where, how many and 
 
 Layers count from 0, so K layers see all tokens, as in the authors' code. Written from the papers and checked against
 the authors' repositories (pkunlp-icler/FastV, lzhxmu/VTW, Cooperx521/PyramidDrop) for which layer ranks and which
-drops. As there, the number of tokens kept is the floor of a share of the row's image tokens. Where the repositories
-differ among themselves, one rule holds for all three here, so that they can be compared: remaining tokens keep their
-rotary positions (PyramidDrop's renumbers them), all images of a row are ranked together, and generated tokens change
-nothing: what a row keeps, its prompt decides.
+drops. Where the repositories differ among themselves, one rule holds for all three here, so that they can be compared:
+the number of tokens kept is the floor of a share of the row's image tokens (FastV's rounds to the nearest), remaining
+tokens keep their rotary positions (PyramidDrop's renumbers them), all images of a row are ranked together, and
+generated tokens change nothing: what a row keeps, its prompt decides.
 
     model = PrunedLlava.from_pretrained("llava-hf/llava-1.5-7b-hf")
     model.stages = fastv(layer=2, ratio=0.5)        # or vtw(16), or pyramid_drop((8, 16, 24), 0.5), or () for dense
