@@ -2,7 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """`transformers serve`, except that what the processor refuses (a broken image, a wrong prompt) and requests that lack
-something are answered with status 400 and the reason, not 500. Some values of a wrong type get 500, as they do there.
+something, or hold a value of a wrong type, are answered with status 400 and the reason, not 500. Roles and parts of
+messages that LLaVA's templates do not know get 400 too, where they are taken or left out there without a word.
 `stop` works, which gets 500 there with any model that has a processor.
 Refused with 400, too: several answers to a request (`n`), of which one would come there, another model
 than the one named here, whose code would run, and images that are no data:image/ URLs, which would be read from this
@@ -16,6 +17,7 @@ One more option, --allow-image-urls, lets clients have the server open http:// a
 network as well, and wait for them: a slow one holds up all requests. Local files stay refused.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -32,6 +34,41 @@ from read_llava import check_name
 
 ALLOW_URLS = "--allow-image-urls"
 image_sources = ["data:image/"]  # what the address of an image may begin with
+
+NUMBER = (int, float)
+NAMES = {
+    str: "a string",
+    bool: "true or false",
+    int: "a whole number",
+    NUMBER: "a number",
+    list: "a list",
+    dict: "an object",
+    (str, list): "a string or a list",
+}
+FIELDS = {  # of a request, and what they may be
+    "model": str,
+    "messages": list,
+    "input": (str, list),
+    "instructions": str,
+    "stream": bool,
+    "stop": (str, list),
+    "seed": int,
+    "max_tokens": int,
+    "max_completion_tokens": int,
+    "max_output_tokens": int,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "frequency_penalty": NUMBER,
+    "logit_bias": dict,
+    "tools": list,
+    "generation_config": str,
+    "chat_template_kwargs": dict,
+}
+ROLES = ("system", "user", "assistant", "tool")
+PARTS = ("text", "input_text", "output_text", "image_url", "input_image")
+# What the server itself gives to the chat template, and what would bring images past their check
+TEMPLATE_OPTIONS = ("add_generation_prompt", "return_dict", "return_tensors", "tokenize", "tools")
+IMAGE_OPTIONS = ("images", "processor_kwargs")
 
 
 class ModelManager(model_manager.ModelManager):
@@ -76,9 +113,51 @@ def check_source(url) -> None:
         )
 
 
-def read_messages(*args, **kwargs) -> list[dict]:
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def check_fields(body: dict) -> None:
+    """Refuses a value of a wrong type. JSON's null is as if its field were left out."""
+    for name in [name for name, value in body.items() if value is None]:
+        del body[name]
+    for name, kind in FIELDS.items():
+        value = body.get(name)
+        is_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)  # a bool is an int to Python
+        if name in body and not is_kind:
+            raise ValueError(f"{name} is {value!r:.40}; give {NAMES[kind]}.")
+    stop = body.get("stop", "x")
+    if not stop or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop is {stop!r:.40}; give a string, or a list of strings, of which none is empty.")
+    for name in ("messages", "input"):
+        for index, item in enumerate(body.get(name, ())):
+            if isinstance(body[name], list) and not isinstance(item, dict):
+                raise ValueError(f"Item {index} of {name} is {item!r:.40}; give an object.")
+    if not is_json_object(body.get("generation_config", "{}")):
+        raise ValueError("generation_config is no JSON object written as a string.")
+
+
+def check_message(message: dict, index: int) -> None:
+    """Refuses a role or a part that LLaVA's templates do not know: the server leaves such a part out."""
+    if message.get("role") not in ROLES:
+        raise ValueError(f"Message {index} is of role {message.get('role')!r:.40}; roles are {', '.join(ROLES)}.")
+    content = message.get("content") or ""
+    if not isinstance(content, (str, list)):
+        raise ValueError(f"Message {index} has {content!r:.40} for content; give a string or a list of parts.")
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else part
+        if not isinstance(part, dict) or kind not in PARTS:
+            raise ValueError(f"Part {number} of message {index} is a {kind!r:.40}; parts are {', '.join(PARTS)}.")
+
+
+def read_messages(messages: list[dict], *args, **kwargs) -> list[dict]:
     """The messages of a request, as in `transformers serve`."""
-    messages = read_plain_messages(*args, **kwargs)
+    for index, message in enumerate(messages):
+        check_message(message, index)
+    messages = read_plain_messages(messages, *args, **kwargs)
     for part in (part for message in messages for part in message["content"]):
         if "url" in part:
             check_source(part["url"])
@@ -89,15 +168,19 @@ def check_body(body: dict) -> None:
     """What `transformers serve` leaves unsaid: it gives one answer where several are asked for. And images that come
     beside the messages: assets of `/v1/systemone` become data: URLs, for their base64 might be a path or an address,
     and options of a chat, which reach the processor, may hold none."""
-    if body.get("n") not in (None, 1):
+    check_fields(body)
+    if body.get("n", 1) != 1:
         raise ValueError(f"n={body['n']!r:.40}: this server gives one answer a request. Leave n out, and ask again.")
     for asset in body.get("assets", {}).values():
-        if not asset["data_base64"].startswith("data:"):
-            asset["data_base64"] = f"data:image/png;base64,{asset['data_base64']}"
+        data = asset["data_base64"]
+        if isinstance(data, str) and not data.startswith("data:"):
+            asset["data_base64"] = f"data:image/png;base64,{data}"
         check_source(asset["data_base64"])
-    options = body.get("chat_template_kwargs")
-    for name in sorted({"images", "processor_kwargs"} & set(options if isinstance(options, dict) else ())):
-        raise ValueError(f"This server takes no {name} in chat_template_kwargs. Send images as parts of messages.")
+    for name in body.get("chat_template_kwargs", ()):
+        if name in TEMPLATE_OPTIONS:
+            raise ValueError(f"This server sets {name} itself, and takes none in chat_template_kwargs.")
+        if name in IMAGE_OPTIONS:
+            raise ValueError(f"This server takes no {name} in chat_template_kwargs. Send images as parts of messages.")
 
 
 def check_requests(handler) -> None:
@@ -112,14 +195,18 @@ def check_requests(handler) -> None:
     handler._validate_request = validate_and_check
 
 
-def build_server(model_manager, chat_handler, *, response_handler, systemone_handler, **kwargs):
+def build_server(model_manager, chat_handler, *, completion_handler, response_handler, systemone_handler, **kwargs):
     """The application of `transformers serve`. What the processor says of broken images and wrong prompts is for the
     client to know."""
     from fastapi import Request
     from fastapi.responses import JSONResponse
 
     pin_model(model_manager)
-    handlers = {"response_handler": response_handler, "systemone_handler": systemone_handler}
+    handlers = {
+        "completion_handler": completion_handler,
+        "response_handler": response_handler,
+        "systemone_handler": systemone_handler,
+    }
     for handler in (chat_handler, *handlers.values()):
         check_requests(handler)
     app = build_plain_server(model_manager, chat_handler, **handlers, **kwargs)

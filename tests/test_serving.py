@@ -256,3 +256,57 @@ def test_several_answers_are_refused_where_one_would_come(server, picture):
     assert status == 400
     assert "n=2: this server gives one answer" in json.loads(body)["error"]["message"]
     assert ask(server, data_url(picture[0]), QUESTION, n=1)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"messages": "hi"}, "messages is 'hi'; give a list"),
+        ({"messages": ["hi"]}, "Item 0 of messages is 'hi'; give an object"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "Message 0 is of role 'robot'; roles are system, user"),
+        ({"messages": [{"role": ["user"], "content": "hi"}]}, "Message 0 is of role ['user']"),
+        ({"messages": [{"role": "user", "content": 3}]}, "Message 0 has 3 for content"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "Part 0 of message 0 is a 'hi'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "Part 0 of message 0 is a 'image'; parts"),
+        ({"max_tokens": "8"}, "max_tokens is '8'; give a whole number"),
+        ({"max_tokens": True}, "max_tokens is True; give a whole number"),
+        ({"temperature": [0]}, "temperature is [0]; give a number"),
+        ({"stream": "false"}, "stream is 'false'; give true or false"),
+        ({"stop": ["a", None]}, "stop is ['a', None]; give a string, or a list of strings"),
+        ({"stop": ""}, "of which none is empty"),
+        ({"logit_bias": [1]}, "logit_bias is [1]; give an object"),
+        ({"generation_config": "[1]"}, "generation_config is no JSON object"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "This server sets tokenize itself"),
+    ],
+)
+def test_a_value_of_a_wrong_type_gets_a_client_error_that_names_it(server, wrong, reason):
+    url, is_ours = server
+    if not is_ours:
+        pytest.skip("transformers serve answers some with 500, and takes the others")
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    status, answer = post(url, {**body, **wrong})
+    assert status == 400, answer
+    assert reason in json.loads(answer)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        ("responses", {"input": [3]}, "Item 0 of input is 3; give an object"),
+        ("responses", {"input": "hi", "instructions": 3}, "instructions is 3; give a string"),
+        ("completions", {"prompt": "hi", "temperature": []}, "temperature is []; give a number"),
+        ("completions", {"prompt": "hi", "n": 2}, "this server gives one answer a request"),
+    ],
+)
+def test_the_other_ways_to_ask_name_a_wrong_value_too(server, path, body, reason):
+    if not server[1]:
+        pytest.skip("transformers serve answers some with 500, and takes the others")
+    status, answer = post(server[0].replace("chat/completions", path), body)
+    assert status == 400, answer
+    assert reason in json.loads(answer)["error"]["message"]
+
+
+def test_null_is_as_if_a_field_were_left_out(server):
+    options = dict.fromkeys(["model", "stop", "seed", "stream", *(["chat_template_kwargs"] if server[1] else [])])
+    status, answer = post(server[0], {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **options})
+    assert status == 200, answer
