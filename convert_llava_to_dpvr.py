@@ -11,10 +11,8 @@ are kept apart by `flock`.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, pref
 from configuration_dpvr import AUTO_MAP, DPVRConfig, proportional_layer
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, find_tensors, read_checkpoint
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
+from scripts.checksums import say
 from scripts.publish import explain
 from scripts.push_to_hub import push_to_hub
 from side_branch_weights import (
@@ -696,22 +695,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 130
 
 
-def say(text: str) -> None:
-    """Prints, as far as it can: that nobody is told changes nothing about what was done."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):  # else the end of the program would try once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def try_to_push(folder: Path, repo: str, private: bool) -> int:
     """Pushes a checkpoint, which stays whatever becomes of that. Returns the exit code."""
     command = ["python", "scripts/push_to_hub.py", str(folder), repo, *(["--private"] if private else [])]
     again = f"{folder} is converted; push it again with `{shlex.join(command)}`"
     try:
-        print(f"pushed to {push_to_hub(folder, repo, private=private)}")
+        say(f"pushed to {push_to_hub(folder, repo, private=private)}")
     except KeyboardInterrupt:
         print(f"interrupted. {again}", file=sys.stderr)
         return 130

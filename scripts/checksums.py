@@ -11,7 +11,9 @@ and so is a subfolder with a SHA256SUMS of its own, such as an adapter's, but fo
 """
 
 import argparse
+import contextlib
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -133,6 +135,16 @@ def find_faults(folder: Path) -> tuple[int, list[str]]:
     return len(actual), faults
 
 
+def say(text: str) -> None:
+    """Prints, as far as it can: that nobody is told changes nothing about what was done."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # else the end of the program would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -154,13 +166,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.check:
             number, faults = find_faults(args.folder)
-            print("\n".join([*faults, f"{number} files compared, {len(faults)} faults"]))
+            say("\n".join([*faults, f"{number} files compared, {len(faults)} faults"]))
             compiled = (path.relative_to(args.folder) for path in args.folder.rglob("__pycache__/*.pyc"))
             if number := sum(name.parts[0] not in LEFT_OUT for name in compiled):
-                print(f"{number} compiled files in __pycache__ were not: remove them, and Python makes them anew")
+                say(f"{number} compiled files in __pycache__ were not: remove them, and Python makes them anew")
             return int(bool(faults))
         write_checksums(args.folder)
-        print(f"{path}: {len(read_checksums(path))} files")
+        say(f"{path}: {len(read_checksums(path))} files")
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1

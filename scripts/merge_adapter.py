@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from convert_llava_to_dpvr import say
 from read_llava import check_name
 from read_weights import is_finite
+from scripts.checksums import say
 from training.adapters import (
     adapter_path,
     from_llava,

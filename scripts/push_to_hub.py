@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from read_weights import ConversionError, read_json
-from scripts.checksums import write_checksums
+from scripts.checksums import say, write_checksums
 from scripts.publish import SUFFIXES, PublishError, explain, open_repository, publish
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import (
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {options.repo} has all of the upload, which is one commit, or none", file=sys.stderr)
         return 130
-    print(f"pushed to {address}")
+    say(f"pushed to {address}")
     return 0
 
 

@@ -165,6 +165,19 @@ def test_a_changed_a_missing_and_an_added_file_are_named(release, capsys):
     assert output.endswith("2 files compared, 3 faults\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_exit_status_is_of_the_files_where_nobody_can_be_told(unbuffered, release):
+    program, environment = ROOT / "scripts" / "checksums.py", {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    for options, status in (([], 0), (["--check"], 0), (["--check"], 1)):
+        if status:
+            (release / "sub" / "code.py").unlink()
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, program, release, *options]
+            result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
+        assert (result.returncode, result.stderr) == (status, b"")
+
+
 @pytest.mark.parametrize("line", ["", "abc  code.py", f"{'0' * 64}  ../code.py", f"{'0' * 64}  /code.py"])
 def test_a_checksum_file_that_is_none_is_refused_with_its_line(line, release, capsys):
     path = release / "SHA256SUMS"
