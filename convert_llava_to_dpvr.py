@@ -650,7 +650,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, if not the source's")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: the source's")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    parser.add_argument("--seed", type=seed_number, default=0, help="for --side-branch-init random")
+    parser.add_argument("--seed", type=seed_number, help="for --side-branch-init random (default: 0)")
     parser.add_argument(
         "--link", action="store_true", help="make hard links to the source's weight files, write only the side branch"
     )
@@ -677,6 +677,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--side-branch-init is of a side branch that --adapter does not bring")
     if options["num_side_layers"] == 0 and options["side_branch_init"] != "identity":
         parser.error("--side-branch-init is of a side branch, and with --num-side-layers 0 there is none")
+    if options["seed"] is not None and options["side_branch_init"] != "random":
+        parser.error("--seed is for --side-branch-init random: nothing else is drawn at random")
+    options["seed"] = options["seed"] or 0
     if repo:
         try:
             validate_repo_id(repo)

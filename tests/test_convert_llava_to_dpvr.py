@@ -289,6 +289,11 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([source, str(tmp_path / "dpvr"), "--private"])
     assert "--private is for --push-to-hub" in capsys.readouterr().err
+    for options in ([], ["--side-branch-init", "copy"]):
+        with pytest.raises(SystemExit):
+            main([source, str(tmp_path / "dpvr"), "--seed", "0", *options])
+        assert "--seed is for --side-branch-init random" in capsys.readouterr().err
+    assert main([source, str(tmp_path / "dpvr"), "--seed", "3", "--side-branch-init", "random", "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
