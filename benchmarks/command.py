@@ -38,6 +38,13 @@ def run_command(main: Callable[[], int | None], kept: str) -> int:
             return 130
 
 
+def given_path(text: str) -> Path:
+    """A path of a command line. An empty one, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 def usable_device(text: str) -> str:
     """A device of torch on which this build of it has put something."""
     try:

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks.command import check_numbers, usable_device, write_record
+from benchmarks.command import check_numbers, given_path, usable_device, write_record
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import check_name, own_template
@@ -595,9 +595,9 @@ def make_parser() -> argparse.ArgumentParser:
     tiny = str(ROOT / "examples" / "tiny-llava")
     add = parser.add_argument
     add("model", nargs="?", default=tiny, help="Hub id or folder of a LLaVA or DPVR (default: examples/tiny-llava)")
-    add("--output", type=Path, default=Path("saturation"), help="folder of results and report (default: %(default)s)")
-    add("--data", type=Path, help="LLaVA's .json or .jsonl, or a folder of pictures (default: the embedded task)")
-    add("--image-folder", type=Path, help="where the images of --data lie (default: beside it)")
+    add("--output", type=given_path, default=Path("saturation"), help="folder of results (default: %(default)s)")
+    add("--data", type=given_path, help="LLaVA's .json or .jsonl or a folder of pictures (default: the embedded task)")
+    add("--image-folder", type=given_path, help="where the images of --data lie (default: beside it)")
     add("--question", default="Describe this image.", help="about pictures of a folder (default: %(default)s)")
     add("--questions", type=int, default=50, help="of each kind of the embedded task (default: %(default)s)")
     add("--samples", type=int, help="so many, if there are that many (default: all)")
@@ -608,7 +608,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--kl-threshold", type=float, default=KL_THRESHOLD, help="in nats (default: %(default)s)")
     add("--maps", type=int, default=4, help="samples whose attention is drawn over the picture (default: %(default)s)")
     add("--map-layers", type=layer_list, help="layers drawn there (default: six of them)")
-    add("--compare", type=Path, metavar="DIR", help="draw the results of another run into the same plots")
+    add("--compare", type=given_path, metavar="DIR", help="draw the results of another run into the same plots")
     add("--label", help="name of this run in the plots (default: the model's)")
     add("--seed", type=int, default=0, help="of the questions or of the order of --data (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's; float32 for float16 on a CPU")

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.command import given_path
 from read_weights import ConversionError, read_json
 from scripts.checksums import say, write_checksums
 from scripts.publish import SUFFIXES, PublishError, explain, open_repository, publish
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         "Log in first with `hf auth login`, or set HF_TOKEN. HF_ENDPOINT names another Hub.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="of an adapter, or of a checkpoint with its processor")
+    parser.add_argument("folder", type=given_path, help="of an adapter, or of a checkpoint with its processor")
     parser.add_argument("repo", help="Hub id, such as user/name; made if it does not exist")
     parser.add_argument("--subfolder", metavar="PATH", help="of the repository, for an adapter")
     parser.add_argument("--private", action="store_true", help="make a private repository")

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser,
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.command import given_path
 from read_llava import check_name
 from training.adapters import (
     CONFIG_FILE,
@@ -116,19 +117,19 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a DPVR, or of a LLaVA")
-    parser.add_argument("--data", type=Path, required=True, help="conversations to train on")
-    parser.add_argument("--image-folder", type=Path, help="what image paths start from (default: the folder of DATA)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for adapter, checkpoints and records")
-    parser.add_argument("--eval-data", type=Path, help="conversations to evaluate on while training")
+    parser.add_argument("--data", type=given_path, required=True, help="conversations to train on")
+    parser.add_argument("--image-folder", type=given_path, help="what image paths start from (default: DATA's folder)")
+    parser.add_argument("--output", type=given_path, required=True, help="folder for adapter, checkpoints and records")
+    parser.add_argument("--eval-data", type=given_path, help="conversations to evaluate on while training")
     parser.add_argument("--eval-rows", type=int, default=0, help="without --eval-data: hold back this many of DATA")
     parser.add_argument("--loss", choices=list(LOSSES), default="answer", help="default: %(default)s")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--whole-fusion", action="store_true", help="train all of the fusion layers as well")
     what.add_argument("--lora", choices=["fusion"], help="train LoRA on the fusion layers as well")
-    what.add_argument("--peft-config", type=Path, help="folder of an adapter_config.json to train as well")
+    what.add_argument("--peft-config", type=given_path, help="folder of an adapter_config.json to train as well")
     parser.add_argument("--saturation-layer", type=int, help="of a LLaVA that is no DPVR yet")
     parser.add_argument(
-        "--cache-features", type=Path, metavar="DIR", help="compute the frozen part once, keep it here"
+        "--cache-features", type=given_path, metavar="DIR", help="compute the frozen part once, keep it here"
     )
     parser.add_argument("--max-length", type=int, help="most tokens of a row (default: the tokenizer's, at most 2048)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT")

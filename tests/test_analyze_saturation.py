@@ -1014,6 +1014,8 @@ def test_models_and_options_that_cannot_be_used_are_refused(tmp_path, capsys, mo
         ("--kl-threshold", "nan", "nan must be at least 0"),
         ("--seed", "-1", "--seed -1 must be at least 0"),
         ("--maps", "-1", "--maps -1 must be at least 0"),
+        ("--output", "", "argument --output: the name is empty"),
+        ("--data", "", "argument --data: the name is empty"),
     ],
 )
 def test_values_of_options_that_cannot_be_are_refused(option, value, message, tmp_path, capsys):

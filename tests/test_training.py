@@ -1167,6 +1167,7 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         ("--eval-data", "typo.json"): "--eval-data typo.json does not exist",
         ("--image-folder", "typo"): "--image-folder typo does not exist",
         ("--peft-config", "typo"): "--peft-config typo does not exist",
+        ("--output", ""): "argument --output: the name is empty",
         ("--peft-config", pictures / "good.json"): "good.json: give a folder that holds an adapter_config.json",
         ("--peft-config", pictures): "give a folder that holds an adapter_config.json",
     }.items():
