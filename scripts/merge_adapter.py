@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.command import given_path
 from read_llava import check_name
 from read_weights import is_finite
 from scripts.checksums import say
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("base", help="Hub id or folder of a DPVR or a LLaVA checkpoint")
     parser.add_argument("adapter", help="Hub id or folder of the adapter")
-    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("output", type=given_path, help="folder to make")
     parser.add_argument("--subfolder", metavar="PATH", help="of the adapter in its folder or repository")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the base (default: auto, as stored)")

@@ -686,6 +686,26 @@ def test_the_merging_command_succeeds_where_nobody_can_be_told(tmp_path):
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
+def test_the_merging_command_takes_no_adapter_that_was_not_named(tmp_path, monkeypatch, capsys):
+    from scripts.merge_adapter import main
+
+    base, adapter = str(ROOT / "examples" / "tiny-llava"), tmp_path / "adapter"
+    shutil.copytree(ROOT / "examples" / "dpvr-tiny-adapter", adapter)
+    (adapter / "inside").mkdir()
+    monkeypatch.chdir(adapter)
+    for name, options, reason in (
+        ("", [], "The adapter's name is empty"),
+        ("inside", ["--subfolder", ".."], "The subfolder '..' lies outside of inside."),
+        ("inside", ["--subfolder", str(adapter)], "lies outside of inside."),
+    ):
+        assert main([base, name, str(tmp_path / "merged"), *options]) == 1
+        assert reason in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([base, str(adapter), ""])
+    assert "argument output: the name is empty" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_merging_command_refuses_a_dtype_that_cannot_hold_a_weight(tmp_path, capsys):
     from scripts.merge_adapter import main
 

@@ -373,8 +373,12 @@ def adapter_path(adapter: str | Path, subfolder: str | None = None, **download) 
     """The weights of an adapter: a file, the file in a folder, or a local copy of that in a Hub repository.
 
     Raises:
-        AdapterError: there is none.
+        AdapterError: there is none, or `subfolder` lies outside of the folder.
     """
+    if not str(adapter):
+        raise AdapterError("The adapter's name is empty; give a file, a folder or a Hub id.")  # not the current folder
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise AdapterError(f"The subfolder {subfolder!r} lies outside of {adapter}.")
     folder = Path(adapter)
     if folder.is_file():
         return folder
