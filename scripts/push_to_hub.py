@@ -50,7 +50,7 @@ def files_of(folder: Path) -> tuple[list[Path], bool]:
             f"{folder} holds {f'both {CONFIG_FILE} and' if is_adapter else f'neither {CONFIG_FILE} nor'} config.json: "
             "give the folder of an adapter or of a checkpoint."
         )
-    read_run(folder)  # which the card is made of, when a repository has been made already
+    _check_card(folder)  # which is made or read when a repository has been made already
     if is_adapter:
         read_header(folder / WEIGHTS_FILE)
         return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()], True
@@ -59,9 +59,25 @@ def files_of(folder: Path) -> tuple[list[Path], bool]:
     return [path for path in files if path.is_file() and path.suffix in SUFFIXES], False
 
 
+def _check_card(folder: Path) -> None:
+    run = read_run(folder)
+    try:
+        make_card(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / RUN_FILE} is no record that a card can be made of: {error}") from error
+    try:
+        if (folder / CARD_FILE).is_file():
+            (folder / CARD_FILE).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{folder / CARD_FILE} is no UTF-8, as model cards are: {error}") from error
+
+
 def _check_checkpoint(folder: Path) -> None:
     config, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
-    code = {reference.split(".")[0] + ".py" for reference in config.get("auto_map", {}).values()}
+    auto_map = config.get("auto_map", {})
+    if not isinstance(auto_map, dict) or not all(isinstance(reference, str) for reference in auto_map.values()):
+        raise AdapterError(f"{folder / 'config.json'} has {auto_map!r:.80} for auto_map, which names no code.")
+    code = {reference.split(".")[0] + ".py" for reference in auto_map.values()}
     weights = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
     if not weights or not isinstance(weights, dict):
         raise AdapterError(f"{index} has no weight_map that names files.")

@@ -427,6 +427,35 @@ def test_folders_that_are_not_whole_are_refused_before_anything_is_sent(folders,
     assert "both adapter_config.json and config.json" in word(tmp_path / "cut")
 
 
+@pytest.mark.parametrize(
+    ("of", "name", "change", "why"),
+    [
+        ("dpvr", "config.json", {"auto_map": None}, "has None for auto_map, which names no code"),
+        ("dpvr", "config.json", {"auto_map": {"AutoModel": 3}}, "has {'AutoModel': 3} for auto_map"),
+        ("adapter", "training.json", {"training_seconds": "long"}, "is no record that a card can be made of: "),
+        ("adapter", "training.json", {"hyperparameters": None}, "is no record that a card can be made of: "),
+        ("adapter", "README.md", None, "is no UTF-8, as model cards are: "),
+    ],
+)
+def test_a_file_of_no_use_to_a_card_or_a_model_is_named(folders, tmp_path, capsys, monkeypatch, of, name, change, why):
+    monkeypatch.setattr(push_to_hub, "open_repository", lambda *_: pytest.fail("a repository was made"))
+    shutil.copytree(folders / of, tmp_path / of)
+    path = tmp_path / of / name
+    if change is None:
+        path.write_text("# Über", encoding="latin-1")
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert push_to_hub.main([str(tmp_path / of), "org/x"]) == 1
+    assert f"error: {path} {why}" in capsys.readouterr().err
+
+
+def test_a_card_in_another_encoding_is_somebodys_own(tmp_path):
+    from training.card import has_own_card
+
+    (tmp_path / "README.md").write_text("# Über", encoding="latin-1")
+    assert has_own_card(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["parts/model.safetensors", "../model.safetensors", ".model.safetensors", 3])
 def test_a_checkpoint_whose_index_names_weights_that_are_not_pushed_is_refused(folders, tmp_path, name):
     folder = tmp_path / "dpvr"

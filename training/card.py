@@ -160,7 +160,7 @@ def has_own_card(folder: Path) -> bool:
     gives again."""
     if not (folder / CARD_FILE).is_file():
         return False
-    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")  # of any encoding, if somebody wrote it
     title = re.search(r"^# (.+)$", card, re.MULTILINE)
     return title is None or card != make_card(read_run(folder), title[1], has_plot=(folder / PLOT_FILE).is_file())
 
