@@ -118,7 +118,11 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a DPVR, or of a LLaVA")
     parser.add_argument("--data", type=given_path, required=True, help="conversations to train on")
-    parser.add_argument("--image-folder", type=given_path, help="what image paths start from (default: DATA's folder)")
+    parser.add_argument(
+        "--image-folder",
+        type=given_path,
+        help="what image paths start from (default: DATA if that is a folder, else its folder; so for --eval-data)",
+    )
     parser.add_argument("--output", type=given_path, required=True, help="folder for adapter, checkpoints and records")
     parser.add_argument("--eval-data", type=given_path, help="conversations to evaluate on while training")
     parser.add_argument("--eval-rows", type=int, default=0, help="without --eval-data: hold back this many of DATA")
@@ -255,9 +259,9 @@ def wrap(model, options: argparse.Namespace, lora: str | PeftConfig | None) -> S
 def make_datasets(options, processor, fresh: bool) -> tuple[Dataset, Dataset | None]:
     """Training and evaluation rows."""
     max_length = options.max_length or min(processor.tokenizer.model_max_length, 2048)
-    folder = options.image_folder or options.data.parent
 
     def read(path: Path, name: str) -> ConversationDataset:
+        folder = options.image_folder or (path if path.is_dir() else path.parent)
         bad_rows = BadRows(options.output / name, fresh)
         data = ConversationDataset(read_rows(path), processor, folder, bad_rows, max_length)
         print(f"{path}: {len(data):,} of {len(data.rows):,} rows; {bad_rows.summary()}", flush=True)

@@ -1258,6 +1258,26 @@ def test_a_run_whose_held_out_rows_are_all_corrupt_ends_before_it_trains(embedde
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bad_rows_eval.jsonl"]
 
 
+def test_paths_of_images_start_from_the_folder_of_the_data_that_names_them(processor, tmp_path):
+    """Of two files that name their pictures alike, each beside its own; and of a folder of data."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([bad_row()]).save_to_disk(tmp_path / "saved")
+    for name, colour in (("train", "red"), ("eval", "blue"), ("saved", "blue")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", (48, 48), colour).save(tmp_path / name / "1.png")
+        (tmp_path / name / "rows.json").write_text(json.dumps([bad_row()]))
+
+    def pixels(data: str, evaluation: str) -> list[torch.Tensor]:
+        arguments = ("model", "--data", tmp_path / data, "--eval-data", tmp_path / evaluation, "--output", tmp_path)
+        options, _ = train_side_branch.parse_args([*map(str, arguments), "--use_cpu"])
+        return [rows[0]["pixel_values"] for rows in train_side_branch.make_datasets(options, processor, fresh=True)]
+
+    red, blue = pixels("train/rows.json", "eval/rows.json")
+    assert not torch.equal(red, blue)
+    assert torch.equal(pixels("saved", "train/rows.json")[0], blue)
+    assert torch.equal(pixels("train/rows.json", "saved")[1], blue)
+
+
 def test_what_is_wrong_with_data_or_a_peft_config_is_told_before_the_model_is_loaded(
     embedded, pictures, tmp_path, capsys, monkeypatch
 ):
