@@ -709,7 +709,8 @@ def test_messages_that_place_no_image_begin_with_all():
     row["messages"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "x"}]
     with pytest.raises(BadRowError, match="image count: 1 <image> in the conversation, 2 images"):
         read_conversation(row)
-    with pytest.raises(BadRowError, match="image count: 1 <image> in the conversation, 0 images"):
+    row["messages"][0]["content"][0] = {"type": "image_url", "image_url": {"url": "a.png"}}
+    with pytest.raises(BadRowError, match="1 <image> in the conversation, 0 images: a row lists them in `image` or"):
         read_conversation({"messages": row["messages"]})
     with pytest.raises(BadRowError, match="image count: 0 <image> in the conversation, 1 images"):
         read_conversation(bad_row(conversations=[{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]))

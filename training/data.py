@@ -191,7 +191,8 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
     if images and not parts and "messages" in row:  # TRL's convention: unplaced images open the conversation
         messages[first]["content"][:0] = [{"type": "image"} for _ in images]
     elif len(parts) != len(images):
-        raise BadRowError("image count", f"{len(parts)} {IMAGE} in the conversation, {len(images)} images")
+        hint = "" if images else ": a row lists them in `image` or `images`, not within its messages"
+        raise BadRowError("image count", f"{len(parts)} {IMAGE} in the conversation, {len(images)} images{hint}")
     return messages, images
 
 
