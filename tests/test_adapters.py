@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from peft import IA3Config, LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from processes import start_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -159,6 +159,21 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append([weight.grad for weight in model.parameters() if weight.requires_grad])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj", "down_proj"]])
+@pytest.mark.parametrize("made_by", ["add_adapter", "PEFT"])
+def test_dora_trains_beside_a_side_branch_that_is_the_identity(targets, made_by):
+    """Within it, DoRA divides by the norms of weights that are zero."""
+    options = {"r": 2, "target_modules": targets, "use_dora": True}
+    if made_by == "PEFT":
+        options |= {"exclude_modules": r".*side_branch.*", "modules_to_save": ["side_branch"]}
+    config = LoraConfig(**options)
+    model = (get_peft_model if made_by == "PEFT" else add_adapter)(make_base(), config).train()
+    model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+    gradients = {name: w.grad for name, w in model.named_parameters() if w.requires_grad and w.grad is not None}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert any("side_branch" in name and gradient.any() for name, gradient in gradients.items())
 
 
 def test_what_cannot_hold_a_side_branch_is_refused():
