@@ -706,6 +706,7 @@ def test_messages_that_place_no_image_begin_with_all():
     row = {"images": ["a", "b"], **copy.deepcopy(TURNS)}
     messages, _ = read_conversation(row)
     assert [part["type"] for part in messages[0]["content"]] == ["image", "image", "text"]
+    assert read_conversation({"messages": TURNS["messages"], "images": [None]})[1] == []
     row["messages"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "x"}]
     with pytest.raises(BadRowError, match="image count: 1 <image> in the conversation, 2 images"):
         read_conversation(row)

@@ -186,7 +186,7 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
     if not all(answers):
         raise BadRowError("empty answer", f"answer {answers.index('')} has no text")
     images = row.get("images") or row.get("image") or []
-    images = images if isinstance(images, list) else [images]
+    images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if images and not parts and "messages" in row:  # TRL's convention: unplaced images open the conversation
         messages[first]["content"][:0] = [{"type": "image"} for _ in images]
