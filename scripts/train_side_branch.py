@@ -439,7 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, training_arguments = parse_args(arguments)
     try:
         record = run(options, training_arguments)
-    except (ValueError, CacheError, OSError) as error:
+    except (ValueError, CacheError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_llava
 from tiny_training import gradients, shared_model, staged, training_batch
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from transformers.utils import is_lomo_available
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -1139,6 +1140,12 @@ def test_rows_grouped_by_length_come_in_the_same_order_however_a_step_is_spread_
         return list(trainer._get_train_sampler())
 
     assert order(4, 1, 1) == order(2, 1, 2) == order(1, 2, 2) != order(2, 1, 1)
+
+
+@pytest.mark.skipif(is_lomo_available(), reason="the package is there")
+def test_an_optimizer_whose_package_is_missing_is_named_in_one_line(embedded, pictures, tmp_path, capsys):
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", "--optim", "lomo")) == 1
+    assert re.fullmatch("error: .*lomo.*\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
 
 
 def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, tmp_path, capsys):
