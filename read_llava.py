@@ -450,6 +450,14 @@ def as_original_tokenizer(tokenizer):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{name: getattr(tokenizer, name) for name in names})
 
 
+def longest_prompt(text_config) -> int:
+    """How many tokens a backbone's positions are made for: more than `max_position_embeddings` where scaled RoPE is
+    what stretches them, as Vicuna's of 16k tokens are."""
+    limit, rope = text_config.max_position_embeddings, text_config.rope_parameters
+    trained = rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(trained * (rope.get("factor") or 1)))
+
+
 def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None) -> DPVRProcessor:
     """The processor that travels with the checkpoint; without a chat template of its own it takes LLaVA-1.5's. A
     tokenizer that states no longest prompt gets the backbone's."""
@@ -462,7 +470,7 @@ def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
         do_pad=do_pad,
-        model_max_length=min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings),
+        model_max_length=min(processor.tokenizer.model_max_length, longest_prompt(config.text_config)),
         chat_template=own_template(processor),
     )
 

@@ -163,6 +163,29 @@ def test_the_longest_prompt_is_saved_with_the_tokenizer(tmp_path, source):
     assert lengths == [make_llava().config.text_config.max_position_embeddings, 77]
 
 
+LLAMA_3_ROPE = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4}
+LLAMA_3_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"type": "linear", "factor": 4.0}, 4 * 64),
+        ({"type": "dynamic", "factor": 2.0}, 2 * 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 4 * 64),
+        (LLAMA_3_ROPE, 64),
+        ({"type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}, 64),
+    ],
+)
+def test_scaled_rope_takes_prompts_as_long_as_it_is_scaled_for(tmp_path, source, rope, longest):
+    text = json.loads((source / "config.json").read_text())["text_config"]
+    del text["rope_parameters"]
+    edit_config(source, text_config=text | {"max_position_embeddings": 64, "rope_theta": 1e4, "rope_scaling": rope})
+    convert(source, tmp_path / "dpvr")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    assert processor.tokenizer.model_max_length == longest
+
+
 def test_the_template_without_llavas_system_sentence_gives_way_to_the_one_with_it(tmp_path, source):
     turns = "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}"
     parts = "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
