@@ -257,7 +257,8 @@ def read_llava_hf(name: str, revision: str | None, folder: Path, fields: dict, t
     path = folder / "config.json"
     config = _make_config(LlavaConfig, path, **{k: v for k, v in fields.items() if k != "model_type"})
     check_backbone(config, path)
-    check_geometry(config, path, "image_seq_length" in fields)
+    # Its default is no statement: transformers writes it, whatever the tower, and reads the field nowhere
+    check_geometry(config, path, config.image_seq_length != LlavaConfig.image_seq_length)
     processor = load_processor(folder, tokenizer)
     check_vocabulary(processor.tokenizer, config, path)
     check_image_size(processor.image_processor, config, folder)

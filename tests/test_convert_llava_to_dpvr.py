@@ -42,6 +42,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -297,6 +298,13 @@ def test_an_image_processor_whose_images_the_tower_does_not_take_is_refused(tmp_
     path.write_text(json.dumps(content))
     with pytest.raises(ConversionError, match="makes images of"):
         convert(source, tmp_path / "dpvr")
+
+
+def test_the_number_of_image_tokens_that_transformers_writes_unasked_is_no_statement(tmp_path, source):
+    """Into the config of a fine-tune of any tower, where the source's stated none."""
+    edit_config(source, image_seq_length=LlavaConfig().image_seq_length)
+    convert(source, tmp_path / "dpvr")
+    assert json.loads((tmp_path / "dpvr" / "config.json").read_text())["image_seq_length"] == 4
 
 
 def test_the_name_of_a_weight_file_in_the_config_of_the_source_is_not_that_of_the_result(tmp_path, source):
