@@ -279,11 +279,17 @@ def check_backbone(config: LlavaConfig, path: Path) -> None:
 
 
 def check_geometry(config: LlavaConfig, path: Path, is_stated: bool) -> None:
-    """Refuses a vision tower that gives other than `image_seq_length` tokens, or has no `vision_feature_layer`.
+    """Refuses a vision tower that gives other than `image_seq_length` tokens, another number for each image, or has no
+    `vision_feature_layer`.
 
     A config that states no `image_seq_length`, as old ones do not, gets what the tower gives.
     """
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    if vision.model_type == "pixtral":  # its processor writes more into a prompt than one token for each patch
+        raise ConversionError(
+            f"{path}: the vision tower is Pixtral's, which makes as many tokens as an image of any shape has patches; "
+            "only towers that make the same number of each image, as CLIP's and SigLIP's, can be converted."
+        )
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if not all(type(value) is int and 0 < value < 2**16 for value in (size, patch)):
         raise ConversionError(f"{path}: vision_config has image_size {size!r:.80} and patch_size {patch!r:.80}.")

@@ -781,6 +781,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         ({"quantization_config": {"load_in_4bit": True}}, "quantized"),
         ({"text_config": {"model_type": "no-such-model"}}, "config.json is not a config"),
         ({"image_seq_length": "many"}, "config.json is not a config"),
+        ({"vision_config": {"model_type": "pixtral"}}, "the vision tower is Pixtral's, .* only .* CLIP's"),
         ({"image_token_index": 5}, "has <image> at 96, but .* has it at 5"),
         ({"projector_hidden_act": 5}, "'projector_hidden_act': .*5"),
         ({"dtype": {"": None}}, r"dtype \{'': None\} of .* is none of bfloat16"),
