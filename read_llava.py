@@ -41,6 +41,7 @@ from read_weights import (
     MadeTensor,
     StoredTensor,
     Weight,
+    advice,
     check_dtype,
     load_pickled,
     read_json,
@@ -489,7 +490,13 @@ def read_checkpoint(
     14 GB to fetch, can wait for `find_tensors` until nothing else speaks against it."""
     load_pickled.cache_clear()  # what an earlier call has read may have changed
     folder = resolve_folder(source, revision)
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"{source} has no config.json.{advice(folder)}")
     fields = read_json(folder / "config.json")
+    if (folder / "adapter_config.json").is_file() or fields.get("tune_mm_mlp_adapter"):
+        # Before all else that an adapter or a projector lacks, such as a tokenizer; either is small to fetch
+        fetch_weights(source, revision, folder)
+        weight_files(folder)
     model_type = fields.get("model_type")
     if fields.get("quantization_config"):
         raise ConversionError(f"{source} is quantized; convert the checkpoint that it was quantized from.")

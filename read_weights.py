@@ -39,6 +39,12 @@ OTHER_FILES = {  # how files begin that pose as weights, and what they are
     b"7z\xbc\xaf": "a 7z archive",
     b"\x80\x02": "a bare pickle, as torch before 1.6 wrote it; save it again with a newer torch",
 }
+PARTS = {  # files of what is published in place of a checkpoint, and what to convert instead
+    "adapter_config.json": "It is an adapter: merge it into its base (with PEFT's merge_and_unload, or LLaVA's "
+    "scripts/merge_lora_weights.py) and convert that; a side branch is for --adapter.",
+    "mm_projector.bin": "It is a projector alone: convert a model that was fine-tuned with it.",
+    "*.gguf": "It holds GGUF files, which other programs read: convert the checkpoint that they were made from.",
+}
 
 
 class ConversionError(ValueError):
@@ -49,6 +55,11 @@ def reason(error: Exception) -> str:
     """The first line of an error's message and what it announces, or the error's type where it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def advice(folder: Path) -> str:
+    """What to do with a folder that is no checkpoint, as the end of a message; nothing where that is not known."""
+    return next((f" {what}" for pattern, what in PARTS.items() if any(folder.glob(pattern))), "")
 
 
 def read_json(path: Path) -> dict:
@@ -359,6 +370,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             return [folder / file for file in sorted(set(weight_map.values()))], weight_map
     raise ConversionError(
         f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index of either."
+        f"{advice(folder)}"
     )
 
 

@@ -848,6 +848,27 @@ def test_sources_that_are_no_checkpoint(tmp_path, source):
         convert(source, tmp_path / "dpvr")
 
 
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("adapter_config.json", {}, "has no weights: .* It is an adapter: merge it into its base"),
+        ("adapter_config.json", None, r"has no config\.json\. It is an adapter: merge it into its base"),
+        ("mm_projector.bin", {"tune_mm_mlp_adapter": True}, "has no weights: .* It is a projector alone: convert"),
+        ("llava-q4_k.gguf", None, r"has no config\.json\. It holds GGUF files, .*: convert the checkpoint"),
+    ],
+)
+def test_of_what_is_published_in_place_of_a_checkpoint_is_said_what_to_convert(tmp_path, file, fields, message):
+    """Adapters and projectors of the original layout have its config.json, but no tokenizer."""
+    whole, part = write_original(tmp_path / "whole", make_llava()), tmp_path / "part"
+    part.mkdir()
+    (part / file).write_text("{}")
+    if fields is not None:
+        shutil.copy(whole / "config.json", part / "config.json")
+        edit_config(part, **fields)
+    with pytest.raises(ConversionError, match=message):
+        convert(part, tmp_path / "dpvr")
+
+
 def test_hub_names_are_resolved_to_the_files_that_are_needed(tmp_path, monkeypatch):
     write_original(tmp_path / "llava", make_llava(), num_files=1)
     (tmp_path / "llava" / "model_card.py").write_text("")
