@@ -53,7 +53,7 @@ class ConversionError(ValueError):
 
 def reason(error: Exception) -> str:
     """The first line of an error's message and what it announces, or the error's type where it has none."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = [line.rstrip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 

@@ -413,6 +413,16 @@ def test_a_tokenizer_option_serves_a_source_without_one(tmp_path):
     assert "messages[0].role" in (tmp_path / "dpvr" / "chat_template.jinja").read_text()
 
 
+def test_of_a_source_without_a_tokenizer_is_said_which_files_one_would_be_read_from(tmp_path):
+    source = write_original(tmp_path / "llava", make_llava())
+    for path in source.glob("token*"):
+        path.unlink()
+    with pytest.raises(
+        ConversionError, match=r"The tokenizer cannot be loaded from .* from one of: \(1\) a `tokenizers`"
+    ):
+        convert(source, tmp_path / "dpvr")
+
+
 def test_of_two_sets_of_weights_transformers_choice_is_converted(tmp_path):
     """A model that was saved again into the folder of its shards leaves these and their index behind."""
     source = write_llava_hf(
