@@ -608,6 +608,12 @@ def test_what_is_no_llava_of_this_layout_is_refused_and_for_a_dpvr_how_to_load_i
     make_llava().model.language_model.save_pretrained(tmp_path / "llama")
     with pytest.raises(AdapterError, match=r"llama has model_type 'llama', but .* \('llava'\) is wanted"):
         from_llava(tmp_path / "llama")
+    original = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(original))
+    with pytest.raises(
+        AdapterError, match=r"llama has the original layout\. Convert it with convert_llava_to_dpvr\.py"
+    ):
+        from_llava(tmp_path / "llama")
 
 
 def test_one_call_gives_a_llava_checkpoint_with_an_adapter(llava, tmp_path):

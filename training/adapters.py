@@ -596,12 +596,15 @@ def _llava_config(llava: str | Path, **kwargs) -> LlavaConfig:
     check_name(llava)
     download = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     # Not by AutoConfig, which asks whether to trust the code that a checkpoint brings
-    model_type = LlavaConfig.get_config_dict(llava, **download)[0].get("model_type")
+    fields = LlavaConfig.get_config_dict(llava, **download)[0]
+    model_type = fields.get("model_type")
     if model_type == "dpvr":
         raise AdapterError(
             f"{llava} is a DPVR already: load model and processor with AutoModel and AutoProcessor.from_pretrained"
             "(..., trust_remote_code=True), and an adapter with training.adapters.load_adapter."
         )
+    if "mm_vision_tower" in fields:  # of liuhaotian/llava-v1.5-7b, whose model_type is llava-hf's
+        raise AdapterError(f"{llava} has the original layout. Convert it with convert_llava_to_dpvr.py.")
     if model_type != "llava":
         raise AdapterError(
             f"{llava} has model_type {model_type!r}, but a checkpoint in the layout of llava-hf ('llava') is wanted. "
