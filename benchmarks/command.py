@@ -4,6 +4,7 @@
 
 import argparse
 import atexit
+import errno
 import fcntl
 import json
 import math
@@ -18,21 +19,28 @@ from typing import BinaryIO
 import torch
 
 from read_weights import reason
+from scripts.checksums import written_whole
 from write_checkpoint import interrupted_by_sigterm
 
 # What an interrupted command has kept
 GOES_ON = "what was measured so far is in --output, and the same command goes on from there"
 SO_FAR = "what was measured so far is in --output, and the same command starts anew"
 NOTHING = "nothing was written"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 LOCKS: dict[Path, BinaryIO] = {}  # of this process, by record, held until it ends
 
 
 def run_command(main: Callable[[], int | None], kept: str) -> int:
     """The exit status of a command; of an interrupted one, by Ctrl-C or SIGTERM, 130, with a line that says what was
-    kept."""
+    kept; where the disk refuses, 1, with the reason."""
     with interrupted_by_sigterm():
         try:
             return main() or 0
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            print(f"\nerror: {error}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print(f"\ninterrupted; {kept}", file=sys.stderr)  # below a progress bar
             return 130
@@ -159,10 +167,15 @@ def lock_record(path: Path) -> None:
             atexit.register(lock.unlink, missing_ok=True)
 
 
+def save_figure(figure, path: Path, dpi: int) -> None:
+    """Draws a figure of matplotlib into a file, which is there in full or as it was."""
+    with written_whole(path) as new:
+        figure.savefig(new, format=path.suffix.removeprefix(".").lower(), dpi=dpi)
+
+
 def write_record(path: Path, record: dict, indent: int = 2) -> None:
     """Writes JSON; a run that is killed meanwhile leaves the file as it was, and two at once write each its own."""
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.write_text(json.dumps(record, indent=indent) + "\n")
-    new.replace(path)
+    with written_whole(path) as new:
+        new.write_text(json.dumps(record, indent=indent) + "\n")

@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import digits as task
 
 from benchmarks import accounting, quality_methods
+from benchmarks.command import save_figure
 from benchmarks.quality_methods import (
     LAST,
     LORA,
@@ -471,4 +472,4 @@ def plot(entries: list[Entry], path: Path) -> None:
         *axes[0, 0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=-(-len(FAMILIES) // 2)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -43,10 +43,11 @@ from benchmarks.accounting import (
     prefill_loads,
     read_one_token,
 )
-from benchmarks.command import run_command
+from benchmarks.command import run_command, save_figure
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from scripts import run_transformers_tests, saturation_report
+from scripts.checksums import written_whole
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -317,7 +318,7 @@ def draw_routing(path: Path) -> None:
     axes.set_xlim(-0.2, 14.4)
     axes.set_ylim(0, 3.6)
     axes.axis("off")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 
@@ -355,7 +356,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{', '.join(page.name for page in PAGES)}: up to date")
         return int(bool(differing))
     for page, text in filled.items():
-        page.write_text(text)
+        with written_whole(page) as new:
+            new.write_text(text)
     print(*PAGES, *draw(FIGURES), sep="\n")
     return 0
 

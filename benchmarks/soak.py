@@ -36,7 +36,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import digits as task
 
-from benchmarks.command import NOTHING, check_figure, check_numbers, check_output, run_command, write_record
+from benchmarks.command import (
+    NOTHING,
+    check_figure,
+    check_numbers,
+    check_output,
+    run_command,
+    save_figure,
+    write_record,
+)
 from convert_llava_to_dpvr import convert
 
 WARM_UP = 0.5  # share of the samples before which slopes are not measured: allocators fill their pools, caches fill
@@ -210,7 +218,7 @@ def draw(path: Path, soak: Soak, slopes: dict[str, tuple[float, float, float]]) 
         fontsize=10,
     )
     axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

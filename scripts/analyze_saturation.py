@@ -37,6 +37,7 @@ from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import check_name, own_template
 from read_weights import ConversionError
+from scripts.checksums import names_file, written_whole
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
 from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
@@ -314,8 +315,8 @@ def read_rows(path: Path) -> list[dict]:
     except UnicodeDecodeError as error:
         raise AnalysisError(f"{path} is no text. Choose another --output, or --restart to discard it.") from error
     if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines), encoding="utf-8")
+        cut = lines.pop()
+        os.truncate(path, path.stat().st_size - len(cut.encode()))  # not written anew: a full disk would keep nothing
     return [read_row(path, number, line) for number, line in enumerate(lines, 1)]
 
 
@@ -333,7 +334,7 @@ def read_row(path: Path, number: int, line: str) -> dict:
 
 
 def append_row(path: Path, row: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with names_file(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -346,9 +347,8 @@ def check_settings(path: Path, settings: dict) -> None:
         AnalysisError: naming the setting and its two values, or `path` if it holds no settings.
     """
     if not path.is_file():
-        part = path.with_suffix(".part")  # complete or not there
-        part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        with written_whole(path) as new:
+            new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -498,10 +498,8 @@ def save_maps(path: Path, sample: Sample, maps: torch.Tensor, picture: np.ndarra
     """Attention of the prompt's last token to the picture, by layer, and the picture; complete or not there."""
     if picture is None:
         return
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with written_whole(path) as new, new.open("wb") as file:
         np.savez_compressed(file, maps=maps.numpy(), picture=picture, question=np.array(sample.question))
-    part.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------------------- command

@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -95,7 +96,8 @@ def write_checksums(folder: Path, files: dict[str, Path] | None = None) -> Path:
         check_files(folder, names)
         files = {name: folder / name for name in names}
     lines = [f"{checksum}  {name}\n" for name, checksum in compute_checksums(files).items()]
-    path.write_text("".join(lines), encoding="utf-8")
+    with written_whole(path) as new:
+        new.write_text("".join(lines), encoding="utf-8")
     return path
 
 
@@ -133,6 +135,31 @@ def find_faults(folder: Path) -> tuple[int, list[str]]:
     faults += [f"{name}: not named in {NAME}" for name in sorted(present - set(expected))]
     faults += [f"{name}: is {actual[name]}, not {expected[name]}" for name in actual if actual[name] != expected[name]]
     return len(actual), faults
+
+
+@contextlib.contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Has the error of a disk that is full, which names no file, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name once it is there in full: until then what bore the name stays, two
+    processes at once write each its own, and an error leaves nothing else behind."""
+    path = path.resolve()  # a link stays one
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with names_file(path):
+            yield new
+            new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def say(text: str) -> None:

@@ -26,7 +26,7 @@ import digits as task
 
 from benchmarks.accounting import prefill_flops
 from benchmarks.caches import CACHE, make_cache, stored_bytes
-from benchmarks.command import check_figure, run_command
+from benchmarks.command import check_figure, run_command, save_figure
 from convert_llava_to_dpvr import convert
 from read_weights import ConversionError
 from scripts.train_tiny_llava import conversation, generate_answers
@@ -149,7 +149,7 @@ def draw(path: Path, picture, questions, dense: Result, dpvr: Result, rows) -> N
     table.scale(1, 1.45)
     for cell in table.get_celld().values():
         cell.set_edgecolor("#cccccc")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

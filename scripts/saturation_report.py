@@ -22,8 +22,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from benchmarks.command import save_figure
 from benchmarks.tables import markdown
 from scripts import saturation_metrics, saturation_rule
+from scripts.checksums import written_whole
 from scripts.saturation_rule import AnalysisError
 
 INK, FAINT = "#222222", "#8a8a8a"
@@ -248,7 +250,7 @@ def draw_overview(path: Path, runs: list[dict]) -> None:
         all_axes.flat[len(names) - 1].set_xlabel("saturation layer")
         for axes in all_axes.flat[len(names) :]:
             axes.axis("off")
-        figure.savefig(path, dpi=100)
+        save_figure(figure, path, dpi=100)
         plt.close(figure)
 
 
@@ -399,7 +401,7 @@ def draw_maps(path: Path, maps: list, layers: list[int]) -> None:
                 axes.set_title(f"layer {layer}: {attention[layer].sum():.2f}", fontsize=9)
             text = row[0].text(0, -0.04, question, transform=row[0].transAxes, fontsize=9, va="top")
             text.set_in_layout(False)  # it may be wider than its picture
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, dpi=110)
         plt.close(figure)
 
 
@@ -574,13 +576,15 @@ def write_report(folder: Path, summary: dict, other: dict | None, map_layers: li
     with plt.rc_context(STYLE):
         for name in available_plots(runs):
             figure = make_plot(name, runs)
-            figure.savefig(folder / f"{name}.png", dpi=150)
+            save_figure(figure, folder / f"{name}.png", dpi=150)
             drawings[name] = svg_of(figure, name)
-            (folder / f"{name}.svg").write_text(drawings[name], encoding="utf-8")
+            with written_whole(folder / f"{name}.svg") as new:
+                new.write_text(drawings[name], encoding="utf-8")
             plt.close(figure)
     draw_overview(folder / "overview.png", runs)
     layers = layers_to_draw(summary, map_layers)
     maps = read_maps(folder / "maps")
     if maps:
         draw_maps(folder / "maps.png", maps, layers)
-    (folder / "report.html").write_text(page(folder, runs, drawings, layers), encoding="utf-8")
+    with written_whole(folder / "report.html") as new:
+        new.write_text(page(folder, runs, drawings, layers), encoding="utf-8")

@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, files_of_at_most
 from PIL import Image
 from processes import start_script
 from tiny import IMAGE, NUM_LAYERS, TOKENS_PER_IMAGE, make_batch, make_dpvr, make_llava, text_config, vision_config
@@ -680,6 +680,20 @@ def test_results_that_are_damaged_are_named_with_their_line(line, tmp_path):
         analysis.read_rows(path)
     path.write_text(path.read_text(encoding="latin-1").splitlines(keepends=True)[0])
     assert [row["sample"] for row in analysis.read_rows(path)] == ["a"]
+
+
+def test_a_full_disk_takes_nothing_that_was_measured_and_is_named(tmp_path):
+    path, rows = tmp_path / "samples.jsonl", ['{"sample": "ä", "question": "", "digest": ""}\n'] * 2
+    path.write_text("".join(rows) + '{"sample": "ö', encoding="utf-8")  # cut off by a kill
+    with files_of_at_most(60):
+        assert len(analysis.read_rows(path)) == 2
+        with pytest.raises(OSError, match=r"samples\.jsonl"):
+            analysis.append_row(path, {"sample": "b"})
+    assert path.read_text(encoding="utf-8") == "".join(rows)
+    settings = tmp_path / "settings.json"
+    with files_of_at_most(60), pytest.raises(OSError, match=r"settings\.json"):
+        analysis.check_settings(settings, {"model": "m" * 100})
+    assert [each.name for each in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
 def test_an_interrupted_restart_is_not_told_to_restart_again(tmp_path, monkeypatch, capsys):

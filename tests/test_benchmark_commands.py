@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, files_of_at_most
 
 from benchmarks import (
     analysis,
@@ -30,7 +30,7 @@ from benchmarks import (
     training,
     training_steps,
 )
-from benchmarks.command import run_command, write_record
+from benchmarks.command import run_command, save_figure, write_record
 
 COMMANDS = sorted(
     path for path in (ROOT / "benchmarks").glob("*.py") if "argparse" in path.read_text() and path.stem != "command"
@@ -239,6 +239,27 @@ def test_a_terminated_command_ends_as_an_interrupted_one_and_takes_its_temporary
     assert capsys.readouterr().err == "\ninterrupted; all was kept\n"
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_disk_that_refuses_leaves_a_record_as_it_was_and_is_told_in_a_line(tmp_path, capsys):
+    record = tmp_path / "record.json"
+    write_record(record, {"measured": "before"})
+    before = record.read_bytes()
+    with files_of_at_most(100):
+        assert run_command(lambda: write_record(record, {"measured": list(range(1000))}), "all was kept") == 1
+    assert capsys.readouterr().err == f"\nerror: [Errno 27] File too large: '{record}'\n"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {record: before}
+
+
+@pytest.mark.parametrize("name", ["figure.png", "figure.SVG"])
+def test_a_figure_is_there_in_full_or_as_it_was(name, tmp_path):
+    from matplotlib.figure import Figure
+
+    with files_of_at_most(100), pytest.raises(OSError, match=name):
+        save_figure(Figure(), tmp_path / name, dpi=50)
+    assert not list(tmp_path.iterdir())
+    save_figure(Figure(), tmp_path / name, dpi=50)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)

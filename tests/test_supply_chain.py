@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, files_of_at_most
 
 from scripts import checksums, lowest_versions
 
@@ -227,6 +227,16 @@ def test_a_name_that_a_line_cannot_hold_is_refused(release, name, capsys):
     (release / name).write_text("")
     assert checksums.main([str(release)]) == 1
     assert "has a line break in its name" in capsys.readouterr().err
+
+
+def test_sums_that_a_full_disk_refuses_leave_those_that_are_there(release, capsys):
+    before = (release / "SHA256SUMS").read_bytes()
+    (release / "one more").write_text("")
+    with files_of_at_most(100):
+        assert checksums.main([str(release)]) == 1
+    assert capsys.readouterr().err == f"[Errno 27] File too large: '{release / 'SHA256SUMS'}'\n"
+    assert (release / "SHA256SUMS").read_bytes() == before
+    assert not list(release.glob("*.new"))
 
 
 def test_a_name_that_is_no_utf8_is_refused_and_the_sums_that_are_there_stay(release, capsys):
