@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import given_path
 from read_llava import check_name
-from read_weights import is_finite
+from read_weights import is_finite, reason
 from scripts.checksums import say
 from training.adapters import (
     adapter_path,
@@ -48,6 +48,14 @@ def refuse_infinite(model: torch.nn.Module) -> None:
             )
 
 
+def write(merged: torch.nn.Module, processor, record: Path, folder: Path) -> None:
+    merged.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if record.is_file():
+        shutil.copyfile(record, folder / RUN_FILE)
+    share_weights(folder / "config.json")
+
+
 def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, dtype: str = "auto") -> None:
     """Writes `base` with `adapter` merged, its processor, and the record of the training if the adapter has one, into
     `output`, which must not exist or be empty."""
@@ -68,12 +76,10 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         folder = staging / output.name  # whose rights are the user's usual ones
-        merged.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        record = weights.parent / RUN_FILE
-        if record.is_file():
-            shutil.copyfile(record, folder / RUN_FILE)
-        share_weights(folder / "config.json")
+        try:
+            write(merged, processor, weights.parent / RUN_FILE, folder)
+        except Exception as error:  # safetensors and tokenizers have types of their own for a full disk
+            raise OSError(f"{output} cannot be written: {reason(error)}") from error
         if output.exists():
             output.rmdir()
         os.replace(folder, output)

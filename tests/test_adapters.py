@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, files_of_at_most
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from processes import start_script
 from safetensors import safe_open
@@ -679,6 +679,12 @@ def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(k
     assert main([str(tmp_path / "merged"), str(tmp_path / "adapter"), str(tmp_path / "again")]) == 0
     assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
     assert "exists and is not an empty folder" in capsys.readouterr().err
+    before = sorted(tmp_path.iterdir())
+    for size in (15_000, 1_000_000):  # too little for the code, and for the weights
+        with files_of_at_most(size):
+            assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "full")]) == 1
+        assert f"error: {tmp_path / 'full'} cannot be written: " in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before
     assert main([str(tiny), str(tmp_path / "absent"), str(tmp_path / "none")]) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged", "again"}
 
