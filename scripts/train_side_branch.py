@@ -16,13 +16,16 @@ processes on CPUs, not with several GPUs).
 import argparse
 import importlib.util
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate.utils import patch_environment
 from peft import PeftConfig
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
@@ -31,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import given_path
 from read_llava import check_name
+from scripts.checksums import names_file
 from training.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -386,7 +390,8 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     # What a layer before the fusion trains may be of no use to a batch, as one without an image
     arguments.ddp_find_unused_parameters = not model.features_frozen
     trainer = SideBranchTrainer(model, arguments, collate, train_dataset=rows, eval_dataset=evaluation, facts=facts)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with names_file(options.output):  # for the logs of TensorBoard
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     is_evaluated = trainer.evaluated_at == trainer.state.global_step and not arguments.load_best_model_at_end
     if evaluation is not None and not is_evaluated:
         trainer.evaluate()
@@ -424,15 +429,32 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
         weights = {name: weight for name, weight in state.items() if name in weights}
     check_finite(weights, trainer.state.global_step)
     if trainer.args.should_save:
-        save_adapter(model.model, options.output, options.base or options.model, state_dict=state)
-        keeps_card = has_own_card(options.output)
-        (options.output / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        has_plot = plot_losses(record, options.output / PLOT_FILE)
-        if keeps_card:
-            print(f"{options.output / CARD_FILE} was not written by a training and stays as it is", flush=True)
+        try:
+            write_results(options, model, record, state)
+        except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a full disk
+            raise OSError(
+                f"The adapter cannot be written into {options.output}: {error}. Checkpoints are kept: go on with "
+                "--resume, once there is room if that is what lacks."
+            ) from error
+
+
+def write_results(options, model: StagedModel, record: dict, state: dict | None) -> None:
+    """Adapter, records and card, which are all there before the first gets its name."""
+    output = options.output
+    with tempfile.TemporaryDirectory(prefix=".results-", dir=output) as made:
+        staging = Path(made)
+        save_adapter(model.model, staging, options.base or options.model, state_dict=state)
+        (staging / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        has_plot = plot_losses(record, staging / PLOT_FILE)
+        if has_own_card(output):
+            print(f"{output / CARD_FILE} was not written by a training and stays as it is", flush=True)
         else:
-            card = make_card(record, options.output.resolve().name, has_plot=has_plot)
-            (options.output / CARD_FILE).write_text(card, encoding="utf-8")
+            card = make_card(record, output.resolve().name, has_plot=has_plot)
+            (staging / CARD_FILE).write_text(card, encoding="utf-8")
+            (output / CARD_FILE).unlink(missing_ok=True)  # beside another record it would look like somebody's own
+        for name in (CONFIG_FILE, RUN_FILE, PLOT_FILE, CARD_FILE, WEIGHTS_FILE):  # these last: then all is there
+            if (staging / name).exists():
+                os.replace(staging / name, output / name)
 
 
 def main(arguments: list[str] | None = None) -> int:

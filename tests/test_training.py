@@ -19,7 +19,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, files_of_at_most
 from hypothesis import given, settings
 from peft import get_peft_model_state_dict
 from PIL import Image
@@ -1475,6 +1475,30 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_with_a_word(
     assert train_side_branch.main(arguments) == 1
     assert "The checkpoint of step 1 cannot be written" in capsys.readouterr().err
     assert last_checkpoint(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("what", ["adapter", "plot"])
+def test_a_disk_that_is_full_at_the_end_leaves_no_part_of_an_adapter(
+    what, embedded, pictures, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = train(embedded, pictures, tmp_path / "out", "--max_steps", 1, "--save_strategy", "no")
+    with monkeypatch.context() as patch, files_of_at_most(400_000 if what == "adapter" else 10**9):
+        if what == "plot":
+            patch.setattr(train_side_branch, "plot_losses", full)
+        assert train_side_branch.main(arguments) == 1
+    assert f"error: The adapter cannot be written into {tmp_path / 'out'}: " in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    assert train_side_branch.main(arguments) == 0
+    assert {"README.md", "training.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "out"))
+
+
+def test_a_bad_row_that_a_full_disk_refuses_is_told_with_its_file(tmp_path):
+    report = BadRows(tmp_path / "bad_rows.jsonl")
+    with files_of_at_most(10), pytest.raises(OSError, match=r"bad_rows\.jsonl"):
+        report.add(0, [{}], BadRowError("broken", "a" * 100))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from processing_dpvr import decode_picture
+from scripts.checksums import names_file
 from training.staged import IGNORED
 
 IMAGE = "<image>"
@@ -363,7 +364,7 @@ class BadRows:
                 self._append(line)
 
     def _append(self, line: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with names_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
 
     def lines(self) -> list[dict]:
