@@ -14,6 +14,7 @@ processes on CPUs, not with several GPUs).
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -61,6 +62,7 @@ from training.trainer import (
     stated_facts,
     trainable,
 )
+from write_checkpoint import interrupted_by_sigterm
 
 DEFAULTS = {
     "learning_rate": 1e-3,
@@ -459,8 +461,11 @@ def write_results(options, model: StagedModel, record: dict, state: dict | None)
 
 def main(arguments: list[str] | None = None) -> int:
     options, training_arguments = parse_args(arguments)
+    # Of several processes one may wait for another, and cannot clean up: a launcher ends them at once
+    is_alone = training_arguments.world_size == 1
     try:
-        record = run(options, training_arguments)
+        with interrupted_by_sigterm() if is_alone else contextlib.nullcontext():
+            record = run(options, training_arguments)
     except (ValueError, CacheError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1495,6 +1495,16 @@ def test_a_disk_that_is_full_at_the_end_leaves_no_part_of_an_adapter(
     assert {"README.md", "training.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "out"))
 
 
+def test_a_training_that_is_terminated_ends_as_one_that_is_interrupted(
+    embedded, pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_side_branch, "run", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out")) == 130
+    assert "interrupted; with --resume a run goes on from the last checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_bad_row_that_a_full_disk_refuses_is_told_with_its_file(tmp_path):
     report = BadRows(tmp_path / "bad_rows.jsonl")
     with files_of_at_most(10), pytest.raises(OSError, match=r"bad_rows\.jsonl"):
