@@ -562,8 +562,8 @@ def expand_attention(attention: torch.Tensor, text: StreamPlan, shape: torch.Siz
 def check_mask(
     attention_mask: torch.Tensor | None, shape: torch.Size, cache: Cache | None, num_seen: int | torch.Tensor
 ) -> None:
-    """Refuses a mask that is no tensor, too short, or 4D of another form than that of `(B, T, D)`, `shape`, with
-    `num_seen` tokens in the cache."""
+    """Refuses a mask that is no tensor, too short, of other rows, or 4D of another form than that of `(B, T, D)`,
+    `shape`, with `num_seen` tokens in the cache."""
     if attention_mask is None:
         return
     if not isinstance(attention_mask, torch.Tensor):
@@ -573,6 +573,11 @@ def check_mask(
         )
     given, (num_rows, length, _) = tuple(attention_mask.shape), shape
     if len(given) == 2:
+        if given[0] not in (1, num_rows):
+            raise ValueError(
+                f"attention_mask has {given[0]} rows, but this call holds {num_rows}. Pass a mask of each row, or one "
+                "of all."
+            )
         # How many tokens a static cache holds is on the device: a mask too short for it fails where it is read
         if isinstance(num_seen, int) and given[1] < num_seen + length:
             raise ValueError(
@@ -879,6 +884,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         num_seen = 0 if cache is None else cache.get_seq_length()
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen
         self._refuse_unsupported(inputs_embeds.shape, attention_mask, position_ids, cache, num_seen, is_packed)
+        if attention_mask is not None and attention_mask.ndim == 2:  # one of all rows is expanded, as a 4D mask is
+            attention_mask = attention_mask.expand(inputs_embeds.shape[0], -1)
         position_ids = columns[None] if position_ids is None else position_ids
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         call = Call(attention_mask, position_ids, columns, rotary, cache)
@@ -1105,7 +1112,7 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         Args:
             input_ids: `(B, T)`, prompts with `<image>` expanded to one image token per image feature.
             pixel_values: `(number of images, channels, height, width)`, in the order of the prompts.
-            attention_mask: `(B, tokens in the cache + T)`, 0 at padding on either side; a 4D mask is taken as it is.
+            attention_mask: `(B or 1, tokens in the cache + T)`, 0 at padding on either side; or 4D, taken as it is.
             position_ids: `(B, T)`; by default the place in the row.
             past_key_values: any transformers cache, empty or filled by this model. It is extended in place. From
                 transformers 5.24 on it is called `cache`; either name is taken. With `cache.expects_images = False` it

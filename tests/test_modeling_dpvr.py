@@ -743,6 +743,26 @@ def test_a_mask_that_covers_too_few_tokens_is_refused_with_both_numbers(model):
 
 
 @pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(config=text_config(), max_cache_len=30)])
+@pytest.mark.parametrize("rows", [["tIt", "tIt"], ["ttt", "ttt"]], ids=["image", "text"])
+def test_a_mask_of_other_rows_is_refused_with_both_numbers_and_leaves_the_cache_as_it_was(model, make_cache, rows):
+    cache, batch = make_cache(), make_batch(rows)
+    mask = torch.ones(3, batch["input_ids"].shape[1], dtype=torch.long)
+    mask[:, 0] = 0
+    with pytest.raises(ValueError, match="attention_mask has 3 rows, but this call holds 2"):
+        model(**{**batch, "attention_mask": mask}, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    assert_close(model(**batch, past_key_values=cache).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("rows", [["tIt", "tIt"], ["ttt", "ttt"]], ids=["image", "text"])
+def test_a_mask_of_one_row_stands_for_all(model, rows):
+    batch = make_batch(rows)
+    batch["attention_mask"][:, 0] = 0
+    one = {**batch, "attention_mask": batch["attention_mask"][:1]}
+    assert_close(model(**one).logits[:, 1:], model(**batch).logits[:, 1:], 0)
+
+
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(config=text_config(), max_cache_len=30)])
 def test_positions_of_other_tokens_are_refused_and_leave_the_cache_as_it_was(model, make_cache):
     def logits(wrong):
         cache = make_cache()
