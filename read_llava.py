@@ -258,8 +258,7 @@ def read_llava_hf(name: str, revision: str | None, folder: Path, fields: dict, t
     path = folder / "config.json"
     config = _make_config(LlavaConfig, path, **{k: v for k, v in fields.items() if k != "model_type"})
     check_backbone(config, path)
-    # Its default is no statement: transformers writes it, whatever the tower, and reads the field nowhere
-    check_geometry(config, path, config.image_seq_length != LlavaConfig.image_seq_length)
+    check_geometry(config, path)
     processor = load_processor(folder, tokenizer)
     check_vocabulary(processor.tokenizer, config, path)
     check_image_size(processor.image_processor, config, folder)
@@ -279,11 +278,12 @@ def check_backbone(config: LlavaConfig, path: Path) -> None:
                 raise ConversionError(f"{path}: {part}.{name} is {value!r:.80}, not a number from 1 to {2**24 - 1}.")
 
 
-def check_geometry(config: LlavaConfig, path: Path, is_stated: bool) -> None:
+def check_geometry(config: LlavaConfig, path: Path) -> None:
     """Refuses a vision tower that gives other than `image_seq_length` tokens, another number for each image, or has no
     `vision_feature_layer`.
 
-    A config that states no `image_seq_length`, as old ones do not, gets what the tower gives.
+    A config that states no `image_seq_length`, as old ones do not, gets what the tower gives. Nor is its default a
+    statement: transformers writes it, whatever the tower, and reads the field nowhere.
     """
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
     if vision.model_type == "pixtral":  # its processor writes more into a prompt than one token for each patch
@@ -296,7 +296,7 @@ def check_geometry(config: LlavaConfig, path: Path, is_stated: bool) -> None:
         raise ConversionError(f"{path}: vision_config has image_size {size!r:.80} and patch_size {patch!r:.80}.")
     has_class_token = vision.model_type == "clip_vision_model"
     num_tokens = (size // patch) ** 2 + has_class_token - (strategy == "default")
-    if not is_stated:
+    if config.image_seq_length == LlavaConfig.image_seq_length:
         config.image_seq_length = num_tokens
     if config.image_seq_length != num_tokens:
         raise ConversionError(
@@ -395,7 +395,7 @@ def read_original(
         tie_word_embeddings=text_config.tie_word_embeddings,
     )
     check_backbone(config, path)
-    check_geometry(config, path, is_stated=False)
+    check_geometry(config, path)
     check_vocabulary(tokens, config, path)
     images = _from_pretrained(AutoImageProcessor, tower, "The image processor")
     check_image_size(images, config, tower)

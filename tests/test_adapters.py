@@ -14,7 +14,15 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from processes import start_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import NUM_LAYERS, DPVRForConditionalGeneration, make_batch, make_dpvr, make_llava, text_config
+from tiny import (
+    NUM_LAYERS,
+    TOKENS_PER_IMAGE,
+    DPVRForConditionalGeneration,
+    make_batch,
+    make_dpvr,
+    make_llava,
+    text_config,
+)
 from transformers import MistralConfig, Qwen2Config, modeling_utils
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
@@ -614,6 +622,18 @@ def test_what_is_no_llava_of_this_layout_is_refused_and_for_a_dpvr_how_to_load_i
         AdapterError, match=r"llama has the original layout\. Convert it with convert_llava_to_dpvr\.py"
     ):
         from_llava(tmp_path / "llama")
+
+
+def test_a_llava_that_is_not_converted_has_the_converters_geometry(llava, tmp_path):
+    fields = json.loads((llava / "config.json").read_text())
+    del fields["image_seq_length"]
+    source = shutil.copytree(llava, tmp_path / "llava")
+    (source / "config.json").write_text(json.dumps(fields))
+    assert from_llava(source).config.image_seq_length == TOKENS_PER_IMAGE
+    (source / "config.json").write_text(json.dumps(fields | {"vision_config": {"model_type": "pixtral"}}))
+    for load in (from_llava, processor_from_llava):
+        with pytest.raises(ConversionError, match="the vision tower is Pixtral's"):
+            load(source)
 
 
 def test_one_call_gives_a_llava_checkpoint_with_an_adapter(llava, tmp_path):

@@ -57,7 +57,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from configuration_dpvr import ROUTING, proportional_layer
 from convert_llava_to_dpvr import make_dpvr_config
 from processing_dpvr import DPVRProcessor
-from read_llava import check_name, convert_processor
+from read_llava import check_geometry, check_name, convert_processor
 from side_branch_weights import SAMPLE_SIZE, branch_name, describe, find_mismatch, make_sample
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import RUN_FILE
@@ -535,6 +535,7 @@ def from_llava(
 
     Raises:
         AdapterError: the checkpoint is not of this layout or lacks weights, or the adapter does not fit it.
+        ConversionError: DPVR takes no such backbone or vision tower.
 
     Example:
 
@@ -610,4 +611,6 @@ def _llava_config(llava: str | Path, **kwargs) -> LlavaConfig:
             f"{llava} has model_type {model_type!r}, but a checkpoint in the layout of llava-hf ('llava') is wanted. "
             "Convert the original layout with convert_llava_to_dpvr.py."
         )
-    return LlavaConfig.from_pretrained(llava, **download)
+    config = LlavaConfig.from_pretrained(llava, **download)
+    check_geometry(config, Path(llava) / "config.json")
+    return config
