@@ -980,6 +980,33 @@ def test_leavings_of_a_kill_are_removed_and_a_broken_shard_is_named(cached):
     assert len(feature_cache.CachedFeatures(feature_cache.cache_features(folder, model, data))) == 10
 
 
+@pytest.mark.parametrize("damage", ["longer", "floats", "lacks", "shorter"])
+def test_a_shard_whose_lengths_disagree_is_named(damage, cached):
+    model, data, folder = cached
+    feature_cache.cache_features(folder, model, data)
+    shard = min(folder.glob("features-*.safetensors"))
+    tensors = load_file(shard)
+    if damage == "longer":
+        tensors["tokens"] *= 2
+    elif damage == "floats":
+        tensors["tokens"] = tensors["tokens"].float()
+    elif damage == "lacks":
+        del tensors["hidden_states"]
+    else:
+        tensors["labels"] = tensors["labels"][1:].clone()
+    save_file(tensors, shard)
+    with pytest.raises(feature_cache.CacheError, match=rf"{shard.name} cannot be read: .+ Delete it"):
+        feature_cache.CachedFeatures(folder)
+
+
+@pytest.mark.parametrize("state", ["null", "[]", "{}", '{"global_step": "two"}'])
+def test_a_checkpoint_whose_state_is_none_is_passed_by(state, tmp_path):
+    for step, text in ((1, '{"global_step": 1}'), (2, state)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
 # --- the command
 
 

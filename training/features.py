@@ -214,7 +214,8 @@ def read_index(folder: Path) -> dict:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text())
-        is_whole = isinstance(index["fingerprint"], dict) and index["num_rows"] > 0 and index["rows_per_shard"] > 0
+        numbers = (index["num_rows"], index["rows_per_shard"])
+        is_whole = isinstance(index["fingerprint"], dict) and all(type(each) is int and each > 0 for each in numbers)
     except (ValueError, TypeError, KeyError):
         is_whole = False
     if not is_whole:
@@ -393,9 +394,12 @@ class CachedFeatures(Dataset):
         for path in self.paths:
             try:
                 with safe_open(path, framework="pt") as file:
-                    self.tokens.append(_ends(file.get_tensor("tokens")))
-                    self.answers.append(_ends(file.get_tensor("answers")))
-            except SafetensorError as error:
+                    tokens, answers = file.get_tensor("tokens"), file.get_tensor("answers")
+                    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                _check_lengths(tokens, answers, shapes)
+                self.tokens.append(_ends(tokens))
+                self.answers.append(_ends(answers))
+            except (SafetensorError, ValueError) as error:
                 raise CacheError(
                     f"{path} cannot be read: {error}. Delete it: the same command computes it anew."
                 ) from error
@@ -424,6 +428,18 @@ class CachedFeatures(Dataset):
         answers = slice(*self.answers[shard][row : row + 2])
         names = [name for name in ("hidden_states", "is_vision", "labels", "teacher_states") if name in file.keys()]  # noqa: SIM118
         return {name: file.get_slice(name)[answers if name == "teacher_states" else tokens] for name in names}
+
+
+def _check_lengths(tokens: torch.Tensor, answers: torch.Tensor, shapes: dict[str, list[int]]) -> None:
+    """Raises ValueError where a shard's tensors are not as long as all its rows together."""
+    if any(lengths.dtype != torch.long or lengths.ndim != 1 or (lengths < 0).any() for lengths in (tokens, answers)):
+        raise ValueError("its lengths of rows are none")
+    expected = dict.fromkeys(("hidden_states", "is_vision", "labels"), int(tokens.sum()))
+    if "teacher_states" in shapes or answers.any():
+        expected["teacher_states"] = int(answers.sum())
+    for name, length in expected.items():
+        if shapes.get(name, [None])[:1] != [length]:
+            raise ValueError(f"{name} has the shape {shapes.get(name)}, but its rows have {length} in all")
 
 
 def _ends(lengths: torch.Tensor) -> list[int]:

@@ -71,8 +71,9 @@ def last_checkpoint(output: Path) -> Path | None:
     finished = []
     for path in Path(output).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())
-            finished.append((int(path.name.split("-")[-1]), path))
+            state = json.loads((path / TRAINER_STATE_NAME).read_text())
+            if isinstance(state, dict) and type(state.get("global_step")) is int:
+                finished.append((int(path.name.split("-")[-1]), path))
         except (OSError, ValueError):
             continue  # the run was killed while it wrote
     return max(finished)[1] if finished else None
