@@ -223,6 +223,16 @@ def test_one_layer_of_7b_by_hand():
     assert layer_flops(text_config, load) == 640 * 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * 640**2 * 4096
 
 
+def test_an_image_has_a_token_more_where_the_class_token_is_kept():
+    """As many as the vision tower gives."""
+    for strategy, num_tokens in (("default", 9), ("full", 10)):
+        config = llava_config("llama", vision_feature_select_strategy=strategy)
+        size = config.vision_config.image_size
+        with torch.no_grad():
+            images = build(LlavaForConditionalGeneration, config).get_image_features(torch.zeros(1, 3, size, size))
+        assert accounting.tokens_per_image(config) == len(images.pooler_output[0]) == num_tokens
+
+
 def test_part_of_an_image_is_refused():
     with pytest.raises(ValueError, match="vision_tokens=10 is not a multiple of the 9 tokens"):
         prefill_flops(llava_config("llama"), 10, 4)
