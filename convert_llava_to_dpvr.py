@@ -28,7 +28,7 @@ from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, pref
 from configuration_dpvr import AUTO_MAP, DPVRConfig, proportional_layer
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, find_tensors, read_checkpoint
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
-from scripts.checksums import say
+from scripts.output import say
 from scripts.publish import explain
 from scripts.push_to_hub import push_to_hub
 from side_branch_weights import (

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 
 from read_weights import reason
-from scripts.checksums import written_whole
+from scripts.output import written_whole
 from write_checkpoint import interrupted_by_sigterm
 
 # What an interrupted command has kept

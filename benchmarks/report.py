@@ -47,7 +47,7 @@ from benchmarks.command import run_command, save_figure
 from benchmarks.tables import markdown
 from configuration_dpvr import DPVRConfig
 from scripts import run_transformers_tests, saturation_report
-from scripts.checksums import written_whole
+from scripts.output import written_whole
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"

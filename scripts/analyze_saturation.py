@@ -37,7 +37,7 @@ from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import check_name, own_template
 from read_weights import ConversionError
-from scripts.checksums import names_file, written_whole
+from scripts.output import names_file, written_whole
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
 from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize

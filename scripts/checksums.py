@@ -11,16 +11,18 @@ and so is a subfolder with a SHA256SUMS of its own, such as an adapter's, but fo
 """
 
 import argparse
-import contextlib
 import hashlib
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.dont_write_bytecode |= __name__ == "__main__"  # a check would find what it has left itself
+
+from scripts.output import say, written_whole
 
 NAME = "SHA256SUMS"
 LEFT_OUT = (".gitattributes", ".cache", ".git", ".venv")  # of the Hub, its client, git and Python
@@ -135,41 +137,6 @@ def find_faults(folder: Path) -> tuple[int, list[str]]:
     faults += [f"{name}: not named in {NAME}" for name in sorted(present - set(expected))]
     faults += [f"{name}: is {actual[name]}, not {expected[name]}" for name in actual if actual[name] != expected[name]]
     return len(actual), faults
-
-
-@contextlib.contextmanager
-def names_file(path: Path) -> Iterator[None]:
-    """Has the error of a disk that is full, which names no file, name this one."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name once it is there in full: until then what bore the name stays, two
-    processes at once write each its own, and an error leaves nothing else behind."""
-    path = path.resolve()  # a link stays one
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with names_file(path):
-            yield new
-            new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def say(text: str) -> None:
-    """Prints, as far as it can: that nobody is told changes nothing about what was done."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):  # else the end of the program would try once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(arguments: list[str] | None = None) -> int:

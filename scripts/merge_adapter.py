@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.command import given_path
 from read_llava import check_name
 from read_weights import is_finite, reason
-from scripts.checksums import say
+from scripts.output import say
 from training.adapters import (
     adapter_path,
     from_llava,

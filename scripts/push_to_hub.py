@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import given_path
 from read_weights import ConversionError, read_json
-from scripts.checksums import say, write_checksums
+from scripts.checksums import write_checksums
+from scripts.output import say
 from scripts.publish import SUFFIXES, PublishError, explain, open_repository, publish
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import (

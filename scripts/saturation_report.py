@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks.command import save_figure
 from benchmarks.tables import markdown
 from scripts import saturation_metrics, saturation_rule
-from scripts.checksums import written_whole
+from scripts.output import written_whole
 from scripts.saturation_rule import AnalysisError
 
 INK, FAINT = "#222222", "#8a8a8a"

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import given_path
 from read_llava import check_name
-from scripts.checksums import names_file
+from scripts.output import names_file
 from training.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,

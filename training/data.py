@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from processing_dpvr import decode_picture
-from scripts.checksums import names_file
+from scripts.output import names_file
 from training.staged import IGNORED
 
 IMAGE = "<image>"
