@@ -3,7 +3,6 @@
 """What the benchmarks share as commands: which numbers mean something, where a record can go and how it gets there."""
 
 import argparse
-import atexit
 import errno
 import fcntl
 import json
@@ -27,7 +26,7 @@ GOES_ON = "what was measured so far is in --output, and the same command goes on
 SO_FAR = "what was measured so far is in --output, and the same command starts anew"
 NOTHING = "nothing was written"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-LOCKS: dict[Path, BinaryIO] = {}  # of this process, by record, held until it ends
+LOCKS: dict[Path, BinaryIO] = {}  # of this process, by file that is locked
 
 
 def run_command(main: Callable[[], int | None], kept: str) -> int:
@@ -44,6 +43,8 @@ def run_command(main: Callable[[], int | None], kept: str) -> int:
         except KeyboardInterrupt:
             print(f"\ninterrupted; {kept}", file=sys.stderr)  # below a progress bar
             return 130
+        finally:
+            release_records()
 
 
 def given_path(text: str) -> Path:
@@ -152,19 +153,25 @@ def misfit(value, shape: type | dict, *keys: str) -> str | None:
 
 
 def lock_record(path: Path) -> None:
-    """Keeps a record, until this process ends, for this run alone; ends with a sentence if another adds to it: each
+    """Keeps a record, until `release_records`, for this run alone; ends with a sentence if another adds to it: each
     would drop what the other measured."""
     path = path.resolve()
     lock = path.with_name(f".{path.name}.lock")
-    while path not in LOCKS:
+    while lock not in LOCKS:
         file = lock.open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SystemExit(f"Another run writes to {path}: choose another --output, or wait for its end.") from error
         if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # no run that ended removed it
-            LOCKS[path] = file
-            atexit.register(lock.unlink, missing_ok=True)
+            LOCKS[lock] = file
+
+
+def release_records() -> None:
+    while LOCKS:
+        lock, file = LOCKS.popitem()
+        lock.unlink(missing_ok=True)  # before another run can have it
+        file.close()
 
 
 def save_figure(figure, path: Path, dpi: int) -> None:
