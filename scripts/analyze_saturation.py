@@ -347,8 +347,7 @@ def check_settings(path: Path, settings: dict) -> None:
         AnalysisError: naming the setting and its two values, or `path` if it holds no settings.
     """
     if not path.is_file():
-        with written_whole(path) as new:
-            new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_record(path, settings)
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
