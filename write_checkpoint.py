@@ -165,22 +165,27 @@ def check_disk(output: Path, shards: Iterable[list[Weight]], dtype: torch.dtype)
         check_room(parent, sum(num_bytes(shard, dtype) for shard in shards))
 
 
-@contextlib.contextmanager
-def locked(journal: Path, output: Path) -> Iterator[BinaryIO]:
+def locked(journal: Path, output: Path) -> contextlib.AbstractContextManager[BinaryIO]:
     """The journal, open and locked by this process alone, made if there is none."""
+    return locked_file(
+        journal, ConversionError(f"Another conversion to {output} is running: it holds the lock on {journal}.")
+    )
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, refusal: BaseException) -> Iterator[BinaryIO]:
+    """A file, open and locked by this process alone, made if there is none; `refusal` is raised if another has it."""
     while True:
-        with open(os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0) as file:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConversionError(
-                    f"Another conversion to {output} is running: it holds the lock on {journal}."
-                ) from error
+                raise refusal from error
             try:
-                is_current = os.path.samestat(os.fstat(file.fileno()), journal.stat())
+                is_current = os.path.samestat(os.fstat(file.fileno()), path.stat())
             except FileNotFoundError:
                 is_current = False
-            if is_current:  # and was not removed by a conversion that ended meanwhile
+            if is_current:  # and was not removed by a process that ended meanwhile
                 yield file
                 return
 

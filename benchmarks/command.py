@@ -3,30 +3,28 @@
 """What the benchmarks share as commands: which numbers mean something, where a record can go and how it gets there."""
 
 import argparse
+import contextlib
 import errno
-import fcntl
 import json
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from read_weights import reason
 from scripts.output import written_whole
-from write_checkpoint import interrupted_by_sigterm
+from write_checkpoint import interrupted_by_sigterm, locked_file
 
 # What an interrupted command has kept
 GOES_ON = "what was measured so far is in --output, and the same command goes on from there"
 SO_FAR = "what was measured so far is in --output, and the same command starts anew"
 NOTHING = "nothing was written"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-LOCKS: dict[Path, BinaryIO] = {}  # of this process, by file that is locked
+LOCKS: dict[Path, contextlib.ExitStack] = {}  # of this process, by file that is locked
 
 
 def run_command(main: Callable[[], int | None], kept: str) -> int:
@@ -157,21 +155,18 @@ def lock_record(path: Path) -> None:
     would drop what the other measured."""
     path = path.resolve()
     lock = path.with_name(f".{path.name}.lock")
-    while lock not in LOCKS:
-        file = lock.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SystemExit(f"Another run writes to {path}: choose another --output, or wait for its end.") from error
-        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # no run that ended removed it
-            LOCKS[lock] = file
+    if lock in LOCKS:
+        return
+    refusal = SystemExit(f"Another run writes to {path}: choose another --output, or wait for its end.")
+    held = contextlib.ExitStack()
+    held.enter_context(locked_file(lock, refusal))
+    held.callback(lock.unlink, missing_ok=True)  # before another run can have it
+    LOCKS[lock] = held
 
 
 def release_records() -> None:
     while LOCKS:
-        lock, file = LOCKS.popitem()
-        lock.unlink(missing_ok=True)  # before another run can have it
-        file.close()
+        LOCKS.popitem()[1].close()
 
 
 def save_figure(figure, path: Path, dpi: int) -> None:
