@@ -25,7 +25,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Where to write a file that gets its name once it is there in full: until then what bore the name stays, two
     processes at once write each its own, and an error leaves nothing else behind."""
     path = path.resolve()  # a link stays one
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with names_file(path):
             yield new

@@ -31,6 +31,7 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from scripts.output import written_whole
 from training.adapters import base_state
 from training.data import BadRowError, BadRows, Collator, ConversationDataset
 from training.staged import IGNORED, StagedModel, split_rows
@@ -240,15 +241,12 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         CacheError: the disk is full; what had been written of the file is gone.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("wb") as file:
+        with written_whole(path) as new, new.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CacheError(
