@@ -886,6 +886,8 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
         self._refuse_unsupported(inputs_embeds.shape, attention_mask, position_ids, cache, num_seen, is_packed)
         if attention_mask is not None and attention_mask.ndim == 2:  # one of all rows is expanded, as a 4D mask is
             attention_mask = attention_mask.expand(inputs_embeds.shape[0], -1)
+        elif attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = self.to_additive(attention_mask, inputs_embeds.dtype)
         position_ids = columns[None] if position_ids is None else position_ids
         rotary = self.language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         call = Call(attention_mask, position_ids, columns, rotary, cache)
@@ -915,6 +917,12 @@ class DPVRModel(DPVRPreTrainedModel, LlavaModel):
             vision and self.plan_stream(vision, num_layers, text_slots + 1, inputs_embeds, call, mask, kept),
             mask,
         )
+
+    def to_additive(self, mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+        """A caller's 4D mask as floats, but for SDPA: other attention functions add a boolean one to the scores."""
+        if self.language_model.config._attn_implementation == "sdpa":
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
     def find_streams(
         self,

@@ -568,6 +568,16 @@ def test_a_4d_mask_may_be_one_for_all_rows_and_additive(model):
     assert_close(model(**batch, attention_mask=additive).logits, expected)
 
 
+def test_a_boolean_4d_mask_hides_the_same_from_eager_attention_which_would_add_it_to_the_scores(model):
+    batch = make_batch(["ttIt", "tItt"])
+    own = torch.eye(7, dtype=torch.bool)[None, None]  # each token sees itself alone
+    expected = model(**{**batch, "attention_mask": own}).logits
+    assert (expected - model(**batch).logits).abs().max() > 0.1
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    assert_close(other(**{**batch, "attention_mask": own}).logits, expected)
+
+
 # --- what cannot be known is refused -------------------------------------------------------------------------------
 
 
