@@ -58,7 +58,7 @@ from benchmarks.command import (
 )
 from benchmarks.tables import markdown
 from configuration_dpvr import proportional_layer
-from training.features import INDEX, CachedFeatures, pack_rows, shard_path, write_whole
+from training.features import INDEX, CachedFeatures, index_digest, pack_rows, shard_path, write_whole
 from training.staged import IGNORED, StagedModel, collate_rows, split_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
@@ -144,8 +144,9 @@ def cached_batches(model: StagedModel, batch: dict, args, folder: Path):
     dtype = getattr(torch, args.dtype)
     with torch.no_grad():
         rows = [{k: v.cpu() for k, v in row.items()} for row in split_rows(model.compute_features(**batch))]
-    write_whole(shard_path(folder, 0), save(pack_rows(rows, dtype, model.config.text_config.hidden_size)))
-    index = {"fingerprint": {}, "rows_per_shard": len(rows), "num_rows": len(rows)}
+    index = {"fingerprint": {"rows": len(rows)}, "rows_per_shard": len(rows), "num_rows": len(rows)}
+    packed = pack_rows(rows, dtype, model.config.text_config.hidden_size)
+    write_whole(shard_path(folder, 0), save(packed, {"index": index_digest(index)}))
     (folder / INDEX).write_text(json.dumps(index))
     features = CachedFeatures(folder)
     while True:

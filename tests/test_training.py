@@ -1,5 +1,6 @@
 """A training step in two parts, the data, the cache of features, and the command that trains."""
 
+import contextlib
 import copy
 import datetime
 import errno
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -729,17 +731,35 @@ def test_the_texts_of_a_message_are_joined_by_a_space_behind_its_images():
 # --- cached features
 
 
-@pytest.fixture
-def cached(embedded, pictures, processor, tmp_path):
-    """A model, its data, and a folder for features in shards of three rows."""
+@contextlib.contextmanager
+def to_be_cached(embedded, pictures, processor, folder):
     model = AutoModel.from_pretrained(embedded, trust_remote_code=True).requires_grad_(False)
     model.model.side_branch.requires_grad_(True)
-    data = open_data(pictures / "good.json", pictures, processor, tmp_path / "bad.jsonl")
+    data = open_data(pictures / "good.json", pictures, processor, folder / "bad.jsonl")
     model = StagedModel(model, "distill")
     size = feature_cache.estimate_row(model, data, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_cache, "SHARD_BYTES", 3 * size)
-        yield model, data, tmp_path / "features"
+        yield model, data, folder / "features"
+
+
+@pytest.fixture
+def cached(embedded, pictures, processor, tmp_path):
+    """A model, its data, and a folder for features in shards of three rows."""
+    with to_be_cached(embedded, pictures, processor, tmp_path) as parts:
+        yield parts
+
+
+@pytest.fixture(scope="session")
+def features_of_all(embedded, pictures, processor, tmp_path_factory):
+    with to_be_cached(embedded, pictures, processor, tmp_path_factory.mktemp("features")) as (model, data, folder):
+        return feature_cache.cache_features(folder, model, data)
+
+
+@pytest.fixture
+def filled(features_of_all, tmp_path):
+    """A folder of features, to be damaged."""
+    return Path(shutil.copytree(features_of_all, tmp_path / "features"))
 
 
 def test_cached_features_give_the_gradients_of_the_data(cached, processor):
@@ -851,7 +871,17 @@ def test_features_of_a_llava_as_it_is_are_those_of_its_dpvr(cached, pictures, tm
         feature_cache.cache_features(folder, model, data)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"fingerprint": ', '{"fingerprint": {}, "num_rows": 1}', "5"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"fingerprint": ',
+        '{"fingerprint": {}, "num_rows": 1}',
+        "5",
+        '{"fingerprint": {"rows": 10}, "num_rows": 1000000000000, "rows_per_shard": 3}',
+    ],
+)
 def test_a_damaged_index_is_named(cached, content):
     model, data, folder = cached
     folder.mkdir()
@@ -977,23 +1007,66 @@ def test_leavings_of_a_kill_are_removed_and_a_broken_shard_is_named(cached):
     assert len(feature_cache.CachedFeatures(feature_cache.cache_features(folder, model, data))) == 10
 
 
-@pytest.mark.parametrize("damage", ["longer", "floats", "lacks", "shorter"])
-def test_a_shard_whose_lengths_disagree_is_named(damage, cached):
-    model, data, folder = cached
-    feature_cache.cache_features(folder, model, data)
-    shard = min(folder.glob("features-*.safetensors"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": lambda tokens: tokens * 2}, "hidden_states has the shape"),
+        ({"tokens": lambda tokens: tokens.float()}, "its lengths of rows are none"),
+        ({"hidden_states": None}, "hidden_states has the shape None"),
+        ({"checksums": None}, "checksums has the shape None, but its rows have 3"),
+        ({"labels": lambda labels: labels[1:].clone()}, "labels has the shape"),
+    ],
+)
+def test_a_shard_whose_lengths_disagree_is_named(change, message, filled):
+    shard = min(filled.glob("features-*.safetensors"))
     tensors = load_file(shard)
-    if damage == "longer":
-        tensors["tokens"] *= 2
-    elif damage == "floats":
-        tensors["tokens"] = tensors["tokens"].float()
-    elif damage == "lacks":
-        del tensors["hidden_states"]
-    else:
-        tensors["labels"] = tensors["labels"][1:].clone()
-    save_file(tensors, shard)
-    with pytest.raises(feature_cache.CacheError, match=rf"{shard.name} cannot be read: .+ Delete it"):
-        feature_cache.CachedFeatures(folder)
+    for name, make in change.items():
+        tensor = tensors.pop(name)
+        if make:
+            tensors[name] = make(tensor)
+    save_file(tensors, shard, {"index": feature_cache.index_digest(json.loads((filled / "index.json").read_text()))})
+    with pytest.raises(feature_cache.CacheError, match=rf"{shard.name} cannot be read: {message}.* Delete it"):
+        feature_cache.CachedFeatures(filled)
+
+
+@pytest.mark.parametrize("change", [{"rows_per_shard": 2}, {"rows_per_shard": 4}, {"fingerprint": {"rows": 10}}])
+def test_a_shard_of_another_index_is_named(change, filled):
+    index = json.loads((filled / "index.json").read_text()) | change
+    (filled / "index.json").write_text(json.dumps(index))
+    shutil.copy(filled / "features-00000.safetensors", filled / "features-00004.safetensors")
+    with pytest.raises(
+        feature_cache.CacheError, match=r"features-00000\S+ cannot be read: it was written for the index"
+    ):
+        feature_cache.CachedFeatures(filled)
+
+
+def test_features_that_are_no_numbers_are_not_written(cached):
+    model, data, folder = cached
+    with torch.no_grad():
+        model.core.language_model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(
+        feature_cache.CacheError, match=r"00000\S+ is not written: its hidden_states, .* would hold NaN"
+    ):
+        feature_cache.cache_features(folder, model, data)
+    assert [path.name for path in folder.iterdir()] == ["index.json"]
+
+
+def test_no_flipped_bit_of_a_shard_changes_what_is_read(filled):
+    expected = copy.deepcopy(list(feature_cache.CachedFeatures(filled)))  # which are in the files, until copied
+    shard, rng = min(filled.glob("features-*.safetensors")), np.random.default_rng(0)
+    whole = shard.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for place in [*rng.integers(8, header, 40), *rng.integers(header, len(whole), 40)]:
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.integers(8)]) + whole[place + 1 :])
+        try:
+            for row, features in zip(expected, feature_cache.CachedFeatures(filled), strict=True):
+                assert row.keys() == features.keys()
+                assert all(torch.equal(row[name], features[name]) for name in row)
+        except feature_cache.CacheError as error:
+            assert re.search(rf"{shard.name} cannot be read: .+ Delete it", str(error))  # noqa: PT017
+            refused += 1
+    assert refused > 70
 
 
 @pytest.mark.parametrize("state", ["null", "[]", "{}", '{"global_step": "two"}'])

@@ -4,7 +4,8 @@
 The results of a model's frozen part, on disk: computed once, read in every later epoch and run.
 
     DIR/index.json                      what the features were made from, and how many rows a shard takes
-    DIR/features-00000.safetensors      rows 0 .. R-1 of the data, one after the other, without padding
+    DIR/features-00000.safetensors      rows 0 .. R-1 of the data, one after the other, without padding, and a checksum
+                                        of each, which is compared whenever the row is read
     DIR/features-00001.safetensors      ...
     DIR/bad_rows.jsonl                  the rows that turned out bad, and are in no shard
 
@@ -30,7 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
+from xxhash import xxh3_64
 
+from read_weights import is_finite
 from scripts.output import written_whole
 from training.adapters import base_state
 from training.data import BadRowError, BadRows, Collator, ConversationDataset
@@ -115,6 +118,7 @@ def fingerprint(model: StagedModel, dataset: ConversationDataset, dtype: torch.d
         "max_length": dataset.max_length,
         "pictures": "upright, of 8 bits",  # as `read_picture` makes them
         "teacher": model.loss == "distill",
+        "checksums": "xxh3_64 of each row",
     }
 
 
@@ -216,7 +220,8 @@ def read_index(folder: Path) -> dict:
     try:
         index = json.loads(path.read_text())
         numbers = (index["num_rows"], index["rows_per_shard"])
-        is_whole = isinstance(index["fingerprint"], dict) and all(type(each) is int and each > 0 for each in numbers)
+        is_whole = all(type(each) is int and each > 0 for each in numbers)
+        is_whole = is_whole and index["fingerprint"]["rows"] == index["num_rows"]
     except (ValueError, TypeError, KeyError):
         is_whole = False
     if not is_whole:
@@ -225,6 +230,11 @@ def read_index(folder: Path) -> dict:
             "delete this one: the same command computes it anew."
         )
     return index
+
+
+def index_digest(index: dict) -> str:
+    """By which shards of other features, or of other lengths, are told apart."""
+    return digest(json.dumps(index, sort_keys=True).encode())
 
 
 def num_shards(index: dict) -> int:
@@ -340,7 +350,15 @@ def cache_features(
             remove_leavings(shard_path(folder, shard))
             batches = DataLoader(Subset(loaded, span), batch_size, collate_fn=collate, num_workers=num_workers)
             rows = compute_rows(model, batches, dtype, bar)
-            write_whole(shard_path(folder, shard), save(pack_rows(rows, dtype, model.config.text_config.hidden_size)))
+            packed = pack_rows(rows, dtype, model.config.text_config.hidden_size)
+            for name, tensor in packed.items():
+                if tensor.is_floating_point() and not is_finite(tensor):
+                    raise CacheError(
+                        f"{shard_path(folder, shard)} is not written: its {name}, computed in {dtype}, would hold "
+                        "NaN or infinite values, from which nothing is learned. Compute them in another type (--bf16, "
+                        "or float32 without it) into another folder, or look for such values in the model's weights."
+                    )
+            write_whole(shard_path(folder, shard), save(packed, {"index": index_digest(index)}))
     model.train(was_training)
     dataset.bad_rows.add_all(bad_rows)
     return folder
@@ -357,17 +375,25 @@ class _GoodRows:  # a class, not a closure, so that worker processes can be sent
         return (self.collate(good) if good else None), len(rows)
 
 
+def row_checksum(row: dict[str, torch.Tensor]) -> int:
+    checksum = xxh3_64()
+    for name, tensor in sorted(row.items()):
+        checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        checksum.update(tensor.contiguous().view(torch.uint8).numpy())
+    return checksum.intdigest()
+
+
 def pack_rows(rows: list[dict[str, torch.Tensor]], dtype: torch.dtype, hidden_size: int) -> dict[str, torch.Tensor]:
-    """Rows of `split_rows` end to end, and the lengths that tell them apart."""
-    empty = {"hidden_states": torch.empty(0, hidden_size), "is_vision": torch.empty(0, dtype=torch.bool)}
-    empty |= {"labels": torch.empty(0, dtype=torch.long), "teacher_states": torch.empty(0, hidden_size)}
+    """Rows of `split_rows` end to end, their checksums, and the lengths that tell them apart."""
+    states = torch.empty(0, hidden_size, dtype=dtype)
+    empty = {"hidden_states": states, "is_vision": torch.empty(0, dtype=torch.bool)}
+    empty |= {"labels": torch.empty(0, dtype=torch.long), "teacher_states": states}
+    rows = [{name: x.to(dtype) if x.is_floating_point() else x for name, x in row.items()} for row in rows]
     names = rows[0].keys() if rows else empty
     packed = {name: torch.cat([row[name] for row in rows]) if rows else empty[name] for name in names}
-    for name in ("hidden_states", "teacher_states"):
-        if name in packed:
-            packed[name] = packed[name].to(dtype)
     packed["tokens"] = torch.tensor([len(row["labels"]) for row in rows], dtype=torch.long)
     packed["answers"] = torch.tensor([len(row.get("teacher_states", ())) for row in rows], dtype=torch.long)
+    packed["checksums"] = torch.tensor([row_checksum(row) for row in rows], dtype=torch.uint64)
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
@@ -388,20 +414,19 @@ class CachedFeatures(Dataset):
         missing = [path.name for path in self.paths if not path.exists()]
         if missing:
             raise CacheError(f"{self.folder} lacks {len(missing)} of {len(self.paths)} shards, {missing[0]} first.")
-        self.tokens, self.answers, self.starts = [], [], [0]
+        self.tokens, self.answers, self.checksums, self.starts = [], [], [], [0]
         for path in self.paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    tokens, answers = file.get_tensor("tokens"), file.get_tensor("answers")
-                    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            with _names_shard(path), safe_open(path, framework="pt") as file:
+                made_for, expected = (file.metadata() or {}).get("index"), index_digest(index)
+                if made_for != expected:
+                    raise ValueError(f"it was written for the {INDEX} {made_for}, but the one beside it is {expected}")
+                tokens, answers = file.get_tensor("tokens"), file.get_tensor("answers")
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
                 _check_lengths(tokens, answers, shapes)
-                self.tokens.append(_ends(tokens))
-                self.answers.append(_ends(answers))
-            except (SafetensorError, ValueError) as error:
-                raise CacheError(
-                    f"{path} cannot be read: {error}. Delete it: the same command computes it anew."
-                ) from error
-            self.starts.append(self.starts[-1] + len(self.tokens[-1]) - 1)
+                self.checksums.append(file.get_tensor("checksums").tolist())
+            self.tokens.append(_ends(tokens))
+            self.answers.append(_ends(answers))
+            self.starts.append(self.starts[-1] + len(tokens))
         self.files = {}
 
     def __len__(self) -> int:
@@ -419,13 +444,30 @@ class CachedFeatures(Dataset):
             raise IndexError(index)
         shard = bisect_right(self.starts, index) - 1
         row = index - self.starts[shard]
-        if shard not in self.files:
-            self.files[shard] = safe_open(self.paths[shard], framework="pt")
-        file = self.files[shard]
         tokens = slice(*self.tokens[shard][row : row + 2])
         answers = slice(*self.answers[shard][row : row + 2])
-        names = [name for name in ("hidden_states", "is_vision", "labels", "teacher_states") if name in file.keys()]  # noqa: SIM118
-        return {name: file.get_slice(name)[answers if name == "teacher_states" else tokens] for name in names}
+        with _names_shard(self.paths[shard]):
+            if shard not in self.files:
+                self.files[shard] = safe_open(self.paths[shard], framework="pt")
+            file = self.files[shard]
+            names = {"hidden_states", "is_vision", "labels", "teacher_states"} & set(file.keys())
+            features = {name: file.get_slice(name)[answers if name == "teacher_states" else tokens] for name in names}
+            if row_checksum(features) != self.checksums[shard][row]:
+                raise ValueError(f"row {row} in it does not have the checksum that it was written with")
+        return features
+
+
+@contextlib.contextmanager
+def _names_shard(path: Path):
+    """Has the error of a shard that is damaged name it.
+
+    Raises:
+        CacheError
+    """
+    try:
+        yield
+    except (SafetensorError, ValueError) as error:
+        raise CacheError(f"{path} cannot be read: {error}. Delete it: the same command computes it anew.") from error
 
 
 def _check_lengths(tokens: torch.Tensor, answers: torch.Tensor, shapes: dict[str, list[int]]) -> None:
@@ -433,6 +475,7 @@ def _check_lengths(tokens: torch.Tensor, answers: torch.Tensor, shapes: dict[str
     if any(lengths.dtype != torch.long or lengths.ndim != 1 or (lengths < 0).any() for lengths in (tokens, answers)):
         raise ValueError("its lengths of rows are none")
     expected = dict.fromkeys(("hidden_states", "is_vision", "labels"), int(tokens.sum()))
+    expected |= {"answers": len(tokens), "checksums": len(tokens)}
     if "teacher_states" in shapes or answers.any():
         expected["teacher_states"] = int(answers.sum())
     for name, length in expected.items():
