@@ -1169,6 +1169,27 @@ def test_a_run_that_goes_on_from_another_folder_finds_its_best_checkpoint(embedd
     assert os.path.isdir(state["best_model_checkpoint"])
 
 
+def test_a_run_that_goes_on_elsewhere_keeps_its_best_checkpoint_and_takes_its_own_intervals(
+    embedded, pictures, tmp_path
+):
+    options = ("--eval-rows", 2, "--load_best_model_at_end", "true", "--save_total_limit", 9)
+    every = ("--save_steps", 1, "--eval_steps", 1, "--max_steps", 2)
+    assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options, *every)) == 0
+    moved = tmp_path / "moved"
+    (tmp_path / "out").rename(moved)
+    path = moved / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"best_global_step": 1}))
+    assert train_side_branch.main(train(embedded, pictures, moved, *options, *every, "--resume")) == 0  # at its end
+    best, adapter = load_file(moved / "checkpoint-1" / TRAINED_WEIGHTS), load_file(moved / "adapter_model.safetensors")
+    assert {tensor.sum().item() for tensor in best.values()} == {tensor.sum().item() for tensor in adapter.values()}
+    seldom = ("--save_steps", 2, "--eval_steps", 2, "--max_steps", 4)
+    assert train_side_branch.main(train(embedded, pictures, moved, *options, *seldom, "--resume")) == 0
+    assert {path.name for path in moved.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-4"}
+    evaluated = json.loads((moved / "training.json").read_text())["eval_loss_curve"]
+    assert [step for step, _ in evaluated] == [1, 2, 4]
+
+
 def test_rows_of_like_length_are_grouped_without_being_loaded(embedded, pictures, tmp_path, monkeypatch):
     options = ("--train_sampling_strategy", "group_by_length", "--max_steps", 1)
     loaded, load = [], ConversationDataset.load

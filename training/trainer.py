@@ -257,6 +257,16 @@ class SideBranchTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / TRAINED_WEIGHTS, metadata)
 
+    def _init_training_state(self, max_steps: int, *args) -> tuple[int, int]:
+        """As the Trainer does, but for how often a run that goes on logs, evaluates and saves, which is as its own
+        options have it, and for its best checkpoint, whose folder may have been moved."""
+        trained = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return trained
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.seconds = float(self._load_trained(resume_from_checkpoint, model).get("seconds", 0))
 
