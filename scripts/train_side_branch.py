@@ -56,6 +56,7 @@ from training.trainer import (
     SideBranchTrainer,
     check_facts,
     check_finite,
+    check_state,
     count_trainable,
     end_process,
     last_checkpoint,
@@ -380,6 +381,7 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         )
     facts = facts_of(options, arguments, data)
     if checkpoint:
+        check_state(checkpoint)
         check_facts(checkpoint, stated_facts(checkpoint), facts)  # before the model is loaded for nothing
     model = wrap(load_model(options, arguments), options, lora)
     if arguments.process_index == 0:

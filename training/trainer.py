@@ -10,16 +10,18 @@ import pickle
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -105,6 +107,21 @@ def stated_facts(checkpoint: str | Path) -> dict[str, str]:
     """What a checkpoint states of its run."""
     with as_damaged(checkpoint), safe_open(Path(checkpoint, TRAINED_WEIGHTS), framework="pt") as file:
         return file.metadata() or {}
+
+
+def check_state(checkpoint: str | Path) -> None:
+    """
+    Raises:
+        ValueError: the Trainer does not know a field of the checkpoint's state, or misses one.
+    """
+    path = Path(checkpoint, TRAINER_STATE_NAME)
+    differing = json.loads(path.read_text()).keys() ^ {field.name for field in fields(TrainerState)}
+    if differing:
+        raise ValueError(
+            f"{path} and transformers {transformers.__version__} do not have the same fields: {min(differing)} is in "
+            "only one of the two. Resume with the version that wrote it, or delete that folder: --resume then goes on "
+            "from the checkpoint before it, if there is one."
+        )
 
 
 def check_finite(weights: dict[str, torch.Tensor], step: int) -> None:
