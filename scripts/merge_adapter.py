@@ -31,7 +31,6 @@ from training.adapters import (
     merge_adapter,
     processor_from_llava,
     refuse_missing,
-    share_weights,
 )
 from training.card import RUN_FILE
 from write_checkpoint import check_empty, check_output, interrupted_by_sigterm
@@ -53,7 +52,8 @@ def write(merged: torch.nn.Module, processor, record: Path, folder: Path) -> Non
     processor.save_pretrained(folder)
     if record.is_file():
         shutil.copyfile(record, folder / RUN_FILE)
-    share_weights(folder / "config.json")
+    for weights in folder.glob("*.safetensors"):  # which safetensors makes for the owner only
+        weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, dtype: str = "auto") -> None:

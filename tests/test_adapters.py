@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, files_of_at_most
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from processes import start_script
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny import (
     NUM_LAYERS,
@@ -261,6 +261,14 @@ def test_a_gathered_state_dict_gives_the_same_file(tmp_path):
     assert own.keys() == gathered.keys()
     assert all(torch.equal(weight, gathered[key]) for key, weight in own.items())
     assert "multi_modal_projector" in stored(tmp_path / "own")[1]["base_sample"]
+
+
+def test_a_full_disk_leaves_an_earlier_adapter_as_it_was(adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with files_of_at_most(1000), pytest.raises((OSError, SafetensorError)):
+        save_adapter(add_adapter(make_base()), folder, "another/base")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_the_config_names_no_machine_and_no_module_of_one(saved):

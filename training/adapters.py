@@ -31,9 +31,7 @@ Keep adapters in a repository, or a subfolder, of their own: `from_pretrained` o
 
 import copy
 import json
-import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -58,6 +56,7 @@ from configuration_dpvr import ROUTING, proportional_layer
 from convert_llava_to_dpvr import make_dpvr_config
 from processing_dpvr import DPVRProcessor
 from read_llava import check_geometry, check_name, convert_processor
+from scripts.output import written_whole
 from side_branch_weights import SAMPLE_SIZE, branch_name, describe, find_mismatch, make_sample
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import RUN_FILE
@@ -340,19 +339,10 @@ def save_adapter(
         "base_model": base,
         "base_type": getattr(model.get_base_model(), "base_type", "dpvr"),
     }
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
-        save_file(weights, Path(staging, WEIGHTS_FILE), metadata)
-        Path(staging, CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        share_weights(Path(staging, CONFIG_FILE))
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(Path(staging, file), folder / file)
-
-
-def share_weights(config: Path) -> None:
-    """Lets those read the weights beside a config who may read the config: safetensors makes files for the owner
-    only."""
-    for weights in config.parent.glob("*.safetensors"):
-        weights.chmod(config.stat().st_mode)
+    with written_whole(folder / WEIGHTS_FILE) as weights_file, written_whole(folder / CONFIG_FILE) as config_file:
+        save_file(weights, weights_file, metadata)
+        config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        weights_file.chmod(config_file.stat().st_mode)  # safetensors makes files for the owner only
 
 
 def plain_name(name: str) -> str:
