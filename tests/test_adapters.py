@@ -404,6 +404,23 @@ def test_generation_with_an_adapter_gives_the_tokens_of_the_merged_model(saved):
     assert torch.equal(tokens, merge_adapter(model).generate(**BATCH, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.parametrize("targets", [r".*language_model\.layers\.[05]\..*q_proj", ["q_proj", "down_proj"]])
+def test_an_adapter_of_lora_alone_loads_as_peft_loads_it(targets, tmp_path):
+    """Of the decoder, or of whatever bears the names: the vision tower and the side branch too."""
+    lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    get_peft_model(make_dpvr(), lora).save_pretrained(tmp_path)
+    expected = logits(PeftModel.from_pretrained(make_dpvr(), tmp_path))
+    assert (expected - logits(make_dpvr())).abs().max() > 1e-2
+    model = load_adapter(make_dpvr(), tmp_path)
+    torch.testing.assert_close(logits(model), expected)
+    torch.testing.assert_close(logits(merge_adapter(model)), expected, atol=1e-4, rtol=0)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="adapter_model.safetensors lacks base_model"):
+        load_adapter(make_base(), tmp_path)
+
+
 def test_a_side_branch_without_a_config_loads_too(tmp_path):
     branch = {name: weight for name, weight in make_dpvr(seed=1).state_dict().items() if "side_branch" in name}
     weights = {name: weight.half() for name, weight in branch.items()}

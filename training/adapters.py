@@ -68,6 +68,7 @@ BRANCH_LEAVES = r"(.*\.)?side_branch\.layers\.\d+\.(.+\.)?\w*(proj|norm)"
 FUSION_PROJECTIONS = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w+_proj"
 FUSION_LEAVES = r"(.*\.)?language_model\.layers\.({layers})\.(.+\.)?\w*(proj|norm)"
 BRANCH = r"(.*\.)?side_branch(\..*)?"
+WHOLE = re.compile(BRANCH_LEAVES + r"\.(weight|bias)")
 
 
 # ---------------------------------------------------------------------------------------------- what is trained
@@ -260,7 +261,9 @@ def check_adapter(path: Path, model: PreTrainedModel | PeftModel) -> None:
     base = _check_is_dpvr(model)
     check_trained_for(path, stated, base)
     expected = {name: tuple(weight.shape) for name, weight in base_state(base).items() if ".side_branch." in name}
-    stored = {name: shape for key, shape in shapes.items() if (name := branch_name(key))}
+    stored = {name: shape for key, shape in shapes.items() if (name := branch_name(key)) and WHOLE.fullmatch(name)}
+    if has_config(path) and not stored:  # of LoRA alone: what PEFT makes of it is compared with what it holds
+        return
     for name in sorted(expected.keys() | stored.keys()):
         if stored.get(name) != expected.get(name):
             raise AdapterError(
@@ -416,7 +419,7 @@ def load_adapter(
     check_adapter(path, model)
     _check_name_is_free(model, name)
     weights = load_file(path)
-    if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+    if has_config(path):
         config = read_config(path.parent)
     else:
         config = LNTuningConfig(target_modules=BRANCH_LEAVES)
@@ -436,6 +439,11 @@ def load_adapter(
         raise
     model.set_adapter(name, inference_mode=not is_trainable)
     return model if is_trainable else model.eval()
+
+
+def has_config(path: Path) -> bool:
+    """Whether PEFT says how the weights `path` apply, else they are a side branch alone."""
+    return path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file()
 
 
 def read_config(folder: Path) -> PeftConfig:
