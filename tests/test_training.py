@@ -1,9 +1,12 @@
 """A training step in two parts, the data, the cache of features, and the command that trains."""
 
+import base64
 import contextlib
 import copy
+import csv
 import datetime
 import errno
+import gzip
 import inspect
 import json
 import os
@@ -433,8 +436,8 @@ BAD = {
         "messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "a"}],
     },
     "no conversation        ": {"messages": [{"role": "system", "content": "x"}, *[TURNS["messages"][1]] * 2]},
-    "missing image ": bad_row(image="data:image/png;base64," + "A" * 9999),
-    "missing image  ": bad_row(image="half a pair \ud83d.png"),
+    "corrupt image  ": bad_row(image="data:image/png;base64," + "A" * 9999),
+    "missing image ": bad_row(image="half a pair \ud83d.png"),
     "malformed": bad_row(conversations=[{"from": "human", "value": "<image> \ud83d"}, {"from": "gpt", "value": "a"}]),
     "corrupt image ": bad_row(image=5),
     "image count  ": bad_row(image=[None]),
@@ -459,7 +462,7 @@ def test_bad_rows_are_listed_with_their_reasons_and_good_ones_stand_in(pictures,
     assert all(len(line["detail"]) <= 500 for line in reported)
     details = {line["row"]: line["detail"] for line in reported}
     assert details[list(BAD).index("corrupt image ")] == "is no picture: int"
-    assert "20 bad rows (9 no conversation, 3 missing image" in data.bad_rows.summary()
+    assert "20 bad rows (9 no conversation, 3 image count, 3 corrupt image" in data.bad_rows.summary()
     with (tmp_path / "bad.jsonl").open("a") as file:
         file.write('{"row": 99, "rea')  # as a full disk leaves it
         file.write('\n5\n{"reason": "no row"}\n')
@@ -658,9 +661,16 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
 def test_a_list_and_json_lines_are_read_whatever_the_suffix(name, tmp_path):
     rows = [{**TURNS, "id": "\u2028"}, TURNS]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    compressed = tmp_path / f"{name}.gz"
     for text in (json.dumps(rows), json.dumps(rows, indent=2), "\n".join(lines), "\n\n".join([*lines, ""])):
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert read_rows(tmp_path / name) == rows
+        compressed.write_bytes(gzip.compress(text.encode()))
+        assert read_rows(compressed) == rows
+    for damaged in (compressed.read_bytes()[:-9], compressed.read_bytes()[:12] + b"\xff" * 99, text.encode()):
+        compressed.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{name}.gz is not valid JSON: "):
+            read_rows(compressed)
     (tmp_path / name).write_text(f"{lines[0]}\n{lines[1][:-1]}")
     with pytest.raises(ValueError, match=rf"{name} is not valid JSON: .*: line 2 column"):
         read_rows(tmp_path / name)
@@ -669,6 +679,9 @@ def test_a_list_and_json_lines_are_read_whatever_the_suffix(name, tmp_path):
 def test_one_object_is_a_row_of_json_lines_but_no_list(tmp_path):
     for name in ("rows.json", "rows.jsonl"):
         (tmp_path / name).write_text(json.dumps(TURNS))
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps(TURNS).encode()))
+    with pytest.raises(ValueError, match=r"rows.json.gz holds a dict, not a list of rows"):
+        read_rows(tmp_path / "rows.json.gz")
     assert read_rows(tmp_path / "rows.jsonl") == [TURNS]
     with pytest.raises(ValueError, match=r"rows.json holds a dict, not a list of rows"):
         read_rows(tmp_path / "rows.json")
@@ -690,6 +703,18 @@ def test_a_split_that_is_not_for_training_is_named(tmp_path, capsys):
     datasets.DatasetDict(test=split, validation=split).save_to_disk(tmp_path / "two")
     with pytest.raises(ValueError, match="two has the splits test, validation, and no train: give the folder or file"):
         read_rows(tmp_path / "two")
+
+
+def test_a_csv_file_has_its_conversations_as_json_and_pictures_may_be_data_urls(pictures, processor, tmp_path):
+    pytest.importorskip("datasets")
+    url = "data:image/png;base64," + base64.b64encode((pictures / "1.png").read_bytes()).decode()
+    texts = [json.dumps(TURNS["messages"]), "[{'role': 'user'}]", "[" * 9999]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("messages", "image"), *((text, url) for text in texts)])
+    data = open_data(tmp_path / "rows.csv", tmp_path, processor, tmp_path / "bad.jsonl")
+    assert data.bad_rows.reasons() == {1: "no conversation", 2: "malformed"}
+    expected = encode(processor, read_conversation({"image": "1", **TURNS})[0], [open_image("1.png", pictures)], 1024)
+    assert_same(data[0], expected)
 
 
 def test_an_answer_before_the_first_question_is_left_out():

@@ -6,20 +6,23 @@ Conversations about images, as token ids with a loss on the answers alone.
 Two sources give the same rows:
 
 - LLaVA's own JSON (llava_v1_5_mix665k.json): `[{"id", "image": path or list of paths, "conversations": [{"from":
-  "human" or "gpt", "value": text with <image>}]}]`, also as JSON lines;
+  "human" or "gpt", "value": text with <image>}]}]`, also as JSON lines, or either compressed (.gz);
 - a folder of the `datasets` library (saved by `save_to_disk`, an image folder, parquet, ...) with a column `messages`
-  of chat messages or `conversations` as above, and `image` or `images`.
+  of chat messages or `conversations` as above, these also as JSON text, and `image` or `images`.
 
 As in LLaVA, the images of a message come before its text. A row that cannot be trained on is never an exception in the
 middle of a run: it is reported once, with its reason, to `bad_rows.jsonl`, and the next good row takes its place.
 """
 
+import base64
 import contextlib
 import copy
+import gzip
 import io
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
@@ -74,8 +77,8 @@ def as_bad_row(reason: str, errors: type[Exception] = Exception):
 
 
 def read_rows(source: Path):
-    """The rows of a JSON or JSON lines file of LLaVA's format, whatever its suffix, or of a folder, parquet, arrow or
-    CSV file of the `datasets` library: anything with a length whose items are dictionaries.
+    """The rows of a JSON or JSON lines file of LLaVA's format, whatever its suffix (.gz: compressed), or of a folder,
+    parquet, arrow or CSV file of the `datasets` library: anything with a length whose items are dictionaries.
 
     Raises:
         ValueError: the file does not hold a list of rows, or holds none.
@@ -93,11 +96,12 @@ def _read_rows(source: Path):
     if source.is_dir() or source.suffix in (".parquet", ".arrow", ".csv"):
         return read_datasets(source)
     try:
-        values = read_values(source.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+        with (gzip.open if source.suffix == ".gz" else open)(source, "rt", encoding="utf-8-sig") as file:
+            values = read_values(file.read())
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{source} is not valid JSON: {error}") from error
     # Files are called .json that hold lines, and .jsonl that hold one list
-    is_whole = len(values) == 1 and (isinstance(values[0], list) or source.suffix == ".json")
+    is_whole = len(values) == 1 and (isinstance(values[0], list) or ".json" in source.suffixes)
     rows = values[0] if is_whole else values
     if not isinstance(rows, list):
         raise ValueError(f"{source} holds a {type(rows).__name__}, not a list of rows.")
@@ -174,6 +178,9 @@ def read_conversation(row: dict) -> tuple[list[dict], list]:
         BadRowError: no conversation, an empty answer, or another number of `<image>` than of images.
     """
     turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
+    if isinstance(turns, str):  # as CSV files have lists
+        with as_bad_row("no conversation", ValueError):
+            turns = json.loads(turns)
     if not isinstance(turns, list) or not turns:
         raise BadRowError("no conversation", "neither `conversations` nor `messages` holds a list of turns")
     messages = [read_turn(turn, number) for number, turn in enumerate(turns)]
@@ -227,14 +234,28 @@ def read_picture(image: Image.Image | Path | BinaryIO) -> Image.Image:
     return decode_picture(image if isinstance(image, Image.Image) else Image.open(image), "The picture")
 
 
+def source_of(image):
+    """Where an image of a row is: the path or the bytes of one as `datasets` has it, the bytes of a `data:` URL in
+    base64, or what it is already.
+
+    Raises:
+        BadRowError: the URL holds no base64.
+    """
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, str) and image.startswith("data:image/"):
+        with as_bad_row("corrupt image", ValueError):
+            return base64.b64decode(image.partition(";base64,")[2])
+    return image
+
+
 def open_image(image, folder: Path) -> Image.Image:
-    """An image of a row, decoded: a path below `folder`, bytes or a path as `datasets` has them, or a PIL image.
+    """An image of a row, decoded: of `source_of`, paths being below `folder`, or a PIL image.
 
     Raises:
         BadRowError: it is missing or broken.
     """
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    image = source_of(image)
     if isinstance(image, str) and not os.path.isfile(folder / image):
         raise BadRowError("missing image", str(image))
     if not isinstance(image, str | bytes | Image.Image):
@@ -429,7 +450,7 @@ class ConversationDataset(Dataset):
         _, images = read_conversation(self.rows[number])
         sizes = []
         for image in images:
-            path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+            path = source_of(image)
             if isinstance(path, str):
                 if not os.path.isfile(self.folder / path):
                     raise BadRowError("missing image", path)
