@@ -164,7 +164,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     rest += [part for name, value in own.items() for part in (f"--{name}", value)]
     try:
         (training_arguments,) = trainer_parser.parse_args_into_dataclasses(rest)
-    except ValueError as error:  # options that exclude each other, or that this machine does not have
+    except (ValueError, ImportError) as error:  # options that exclude each other, or that this machine does not have
         parser.error(str(error))
     if options.eval_data and options.eval_rows:
         parser.error("--eval-rows holds back rows of DATA, which --eval-data stands in for: give one of the two")
@@ -203,6 +203,11 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     if (options.output / WEIGHTS_FILE).exists() and not is_resumable:
         parser.error(
             f"--output {options.output} holds an adapter and no checkpoint to go on from: give another folder"
+        )
+    if training_arguments.metric_for_best_model not in (None, "loss", "eval_loss"):  # an error once it is evaluated
+        parser.error(
+            f"--metric_for_best_model {training_arguments.metric_for_best_model}: only the loss is evaluated; give "
+            "eval_loss, or leave it out"
         )
     for name, why in REFUSED.items():
         if getattr(training_arguments, name):

@@ -7,6 +7,7 @@ import csv
 import datetime
 import errno
 import gzip
+import importlib.metadata
 import inspect
 import json
 import os
@@ -1314,6 +1315,7 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         ("--max_steps", 0): "--max_steps 0: give at least 1",
         ("--num_train_epochs", 0): "--num_train_epochs 0.0: give more than 0",
         ("--gradient_accumulation_steps", 0): "--gradient_accumulation_steps 0: give at least 1",
+        ("--metric_for_best_model", "accuracy"): "--metric_for_best_model accuracy: only the loss is evaluated",
         ("--bf16", "--fp16"): "",  # which TrainingArguments refuses
         ("--dtype", "bloat16"): "invalid choice: 'bloat16'",
         ("--eval-data", "typo.json"): "--eval-data typo.json does not exist",
@@ -1327,6 +1329,11 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
             train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options))
         assert status.value.code == 2
         assert why in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingArguments, "__post_init__", lambda self: importlib.metadata.version("no-such-package"))
+        with pytest.raises(SystemExit):
+            train_side_branch.main(train(embedded, pictures, tmp_path / "out"))
+    assert "error: No package metadata was found for no-such-package" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingArguments, "n_gpu", 2)
         with pytest.raises(SystemExit):
