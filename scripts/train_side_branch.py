@@ -242,8 +242,12 @@ def load_processor(options: argparse.Namespace, arguments: TrainingArguments):
     return AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 
 
+def frozen_dtype(options: argparse.Namespace, arguments: TrainingArguments) -> str:
+    return options.dtype or ("bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32")
+
+
 def load_model(options: argparse.Namespace, arguments: TrainingArguments):
-    dtype = options.dtype or ("bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32")
+    dtype = frozen_dtype(options, arguments)
     if not options.from_llava:
         model, loaded = AutoModel.from_pretrained(
             options.model, trust_remote_code=True, dtype=dtype, output_loading_info=True
@@ -311,6 +315,7 @@ def facts_of(options: argparse.Namespace, arguments: TrainingArguments, data: Co
         "loss": options.loss,
         "data": f"{options.data.name} of {len(data)} rows",
         "max_length": data.max_length,
+        "dtype": frozen_dtype(options, arguments),
         "cached_features": options.cache_features is not None,
         "peft_config": peft_config,
         "total_batch_size": total_batch_size(arguments, arguments.per_device_train_batch_size),
