@@ -112,15 +112,17 @@ def stated_facts(checkpoint: str | Path) -> dict[str, str]:
 def check_state(checkpoint: str | Path) -> None:
     """
     Raises:
-        ValueError: the Trainer does not know a field of the checkpoint's state, or misses one.
+        ValueError: the Trainer does not know a field of the checkpoint's state, or the loss curve so far is missing.
     """
     path = Path(checkpoint, TRAINER_STATE_NAME)
-    differing = json.loads(path.read_text()).keys() ^ {field.name for field in fields(TrainerState)}
-    if differing:
+    stated = json.loads(path.read_text()).keys()
+    if "log_history" not in stated:
+        raise damaged(checkpoint, f"its {TRAINER_STATE_NAME} has no log_history")
+    if unknown := stated - {field.name for field in fields(TrainerState)}:
         raise ValueError(
-            f"{path} and transformers {transformers.__version__} do not have the same fields: {min(differing)} is in "
-            "only one of the two. Resume with the version that wrote it, or delete that folder: --resume then goes on "
-            "from the checkpoint before it, if there is one."
+            f"{path} has a field {min(unknown)}, which transformers {transformers.__version__} does not know. Resume "
+            "with the version that wrote it, or delete that folder: --resume then goes on from the checkpoint before "
+            "it, if there is one."
         )
 
 
