@@ -17,6 +17,7 @@ One more option, --allow-image-urls, lets clients have the server open http:// a
 network as well, and wait for them: a slow one holds up all requests. Local files stay refused.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -26,6 +27,15 @@ from PIL import UnidentifiedImageError
 from transformers.cli import transformers as command_line
 from transformers.cli.serving import model_manager, server, utils
 from transformers.generation import utils as generation
+from transformers.processing_utils import (
+    AudioKwargs,
+    ImagesKwargs,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    VideosKwargs,
+)
+from transformers.utils.chat_template_utils import render_jinja_template
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -66,9 +76,21 @@ FIELDS = {  # of a request, and what they may be
 }
 ROLES = ("system", "user", "assistant", "tool")
 PARTS = ("text", "input_text", "output_text", "image_url", "input_image")
-# What the server itself gives to the chat template, and what would bring images past their check
-TEMPLATE_OPTIONS = ("add_generation_prompt", "return_dict", "return_tensors", "tokenize", "tools")
-IMAGE_OPTIONS = ("images", "processor_kwargs")
+# What among chat_template_kwargs is no variable of the template: code for the server to run, images that pass their
+# check, lengths to pad a prompt to
+OPTIONS = {
+    "messages",
+    *(
+        name
+        for function in (ProcessorMixin.apply_chat_template, ProcessorMixin.__call__, render_jinja_template)
+        for name in inspect.signature(function).parameters
+    ),
+    *(
+        name
+        for options in (ProcessingKwargs, TextKwargs, ImagesKwargs, VideosKwargs, AudioKwargs)
+        for name in options.__annotations__
+    ),
+}
 
 
 class ModelManager(model_manager.ModelManager):
@@ -166,8 +188,8 @@ def read_messages(messages: list[dict], *args, **kwargs) -> list[dict]:
 
 def check_body(body: dict) -> None:
     """What `transformers serve` leaves unsaid: it gives one answer where several are asked for. And images that come
-    beside the messages: assets of `/v1/systemone` become data: URLs, for their base64 might be a path or an address,
-    and options of a chat, which reach the processor, may hold none."""
+    beside the messages: assets of `/v1/systemone` become data: URLs, for their base64 might be a path or an address.
+    Options of a chat reach the processor: only variables of the template may be among them."""
     check_fields(body)
     if body.get("n", 1) != 1:
         raise ValueError(f"n={body['n']!r:.40}: this server gives one answer a request. Leave n out, and ask again.")
@@ -177,10 +199,11 @@ def check_body(body: dict) -> None:
             asset["data_base64"] = f"data:image/png;base64,{data}"
         check_source(asset["data_base64"])
     for name in body.get("chat_template_kwargs", ()):
-        if name in TEMPLATE_OPTIONS:
-            raise ValueError(f"This server sets {name} itself, and takes none in chat_template_kwargs.")
-        if name in IMAGE_OPTIONS:
-            raise ValueError(f"This server takes no {name} in chat_template_kwargs. Send images as parts of messages.")
+        if name in OPTIONS:
+            raise ValueError(
+                f"This server takes no {name} in chat_template_kwargs, only variables of the chat template. Send "
+                "images and text as parts of messages."
+            )
 
 
 def check_requests(handler) -> None:
