@@ -160,6 +160,12 @@ def check_fields(body: dict) -> None:
                 raise ValueError(f"Item {index} of {name} is {item!r:.40}; give an object.")
     if not is_json_object(body.get("generation_config", "{}")):
         raise ValueError("generation_config is no JSON object written as a string.")
+    for token, bias in body.get("logit_bias", {}).items():
+        if not token.isdecimal() or not isinstance(bias, NUMBER) or isinstance(bias, bool):
+            raise ValueError(f"logit_bias has {bias!r:.40} for token {token!r:.40}; give ids of tokens with numbers.")
+        body["logit_bias"][token] = float(bias)  # `generate` takes no whole number
+    if body.get("logit_bias") == {}:
+        del body["logit_bias"]
 
 
 def check_message(message: dict, index: int) -> None:
@@ -238,7 +244,7 @@ def build_server(model_manager, chat_handler, *, completion_handler, response_ha
         message = f"the request lacks {error}" if isinstance(error, KeyError) else str(error)
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 
-    for error in (ValueError, UnidentifiedImageError, KeyError):
+    for error in (ValueError, UnidentifiedImageError, KeyError, OverflowError):
         app.add_exception_handler(error, bad_request)
     return app
 

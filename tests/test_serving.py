@@ -275,6 +275,10 @@ def test_several_answers_are_refused_where_one_would_come(server, picture):
         ({"stop": ["a", None]}, "stop is ['a', None]; give a string, or a list of strings"),
         ({"stop": ""}, "of which none is empty"),
         ({"logit_bias": [1]}, "logit_bias is [1]; give an object"),
+        ({"logit_bias": {"a": 1}}, "logit_bias has 1 for token 'a'; give ids of tokens with numbers"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias has '1' for token '5'; give ids of tokens with numbers"),
+        ({"logit_bias": {"9999": 1}}, "the following tokens were being biased: [9999]"),
+        ({"temperature": 10**400}, "int too large to convert to float"),
         ({"generation_config": "[1]"}, "generation_config is no JSON object"),
         *(
             ({"chat_template_kwargs": {name: value}}, f"This server takes no {name} in chat_template_kwargs, only")
@@ -314,6 +318,15 @@ def test_the_other_ways_to_ask_name_a_wrong_value_too(server, path, body, reason
     status, answer = post(server[0].replace("chat/completions", path), body)
     assert status == 400, answer
     assert reason in json.loads(answer)["error"]["message"]
+
+
+def test_a_bias_that_is_a_whole_number_works(server):
+    url, is_ours = server
+    for bias in ({"5": 100}, {}):
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "logit_bias": bias}
+        status, answer = post(url, body)
+        assert status == 200 if is_ours else status == 500, answer
+        assert not is_ours or ("!!" in answer) == bool(bias)  # token 5
 
 
 def test_null_is_as_if_a_field_were_left_out(server):
