@@ -125,6 +125,12 @@ def pin_model(model_manager) -> None:
         model_manager.process_model_name = process_model_name
 
 
+def split_model_id(model) -> tuple[str, str | None]:
+    """As in `transformers serve`, which asks at `/load_model` for no type."""
+    check_fields({"model": model})
+    return split_plain_model_id(model)
+
+
 def check_source(url) -> None:
     """Refuses what would be read from a file or fetched, and so says nothing of whether it is there."""
     if not isinstance(url, str) or not url.startswith(tuple(image_sources)):
@@ -135,10 +141,10 @@ def check_source(url) -> None:
         )
 
 
-def is_json_object(text: str) -> bool:
+def is_json_object(text) -> bool:
     try:
         return isinstance(json.loads(text), dict)
-    except ValueError:
+    except (TypeError, ValueError):
         return False
 
 
@@ -179,6 +185,14 @@ def check_message(message: dict, index: int) -> None:
         kind = part.get("type") if isinstance(part, dict) else part
         if not isinstance(part, dict) or kind not in PARTS:
             raise ValueError(f"Part {number} of message {index} is a {kind!r:.40}; parts are {', '.join(PARTS)}.")
+    calls = message.get("tool_calls") or []
+    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not is_json_object(function.get("arguments")):
+            raise ValueError(
+                f"Call {number} in tool_calls of message {index} is {call!r:.80}; give an object with a function "
+                "whose arguments are a JSON object written as a string."
+            )
 
 
 def read_messages(messages: list[dict], *args, **kwargs) -> list[dict]:
@@ -244,12 +258,13 @@ def build_server(model_manager, chat_handler, *, completion_handler, response_ha
         message = f"the request lacks {error}" if isinstance(error, KeyError) else str(error)
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 
-    for error in (ValueError, UnidentifiedImageError, KeyError, OverflowError):
+    for error in (ValueError, UnidentifiedImageError, KeyError, OverflowError, NotImplementedError):
         app.add_exception_handler(error, bad_request)
     return app
 
 
 build_plain_server = server.build_server
+split_plain_model_id = server.split_model_id
 read_plain_messages = utils.BaseHandler.get_processor_inputs_from_messages
 
 if __name__ == "__main__":
@@ -261,6 +276,7 @@ if __name__ == "__main__":
     model_manager.ModelManager = ModelManager
     generation.StopStringCriteria = StopStringCriteria
     server.build_server = build_server
+    server.split_model_id = split_model_id
     utils.BaseHandler.get_processor_inputs_from_messages = staticmethod(read_messages)
     sys.argv.insert(1, "serve")
     command_line.main()

@@ -268,6 +268,10 @@ def test_several_answers_are_refused_where_one_would_come(server, picture):
         ({"messages": [{"role": "user", "content": 3}]}, "Message 0 has 3 for content"),
         ({"messages": [{"role": "user", "content": ["hi"]}]}, "Part 0 of message 0 is a 'hi'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "Part 0 of message 0 is a 'image'; parts"),
+        *(
+            ({"messages": [{"role": "assistant", "tool_calls": calls}]}, "Call 0 in tool_calls of message 0 is ")
+            for calls in ("f", [1], [{"function": 3}], [{"function": {"name": "f", "arguments": "[]"}}])
+        ),
         ({"max_tokens": "8"}, "max_tokens is '8'; give a whole number"),
         ({"max_tokens": True}, "max_tokens is True; give a whole number"),
         ({"temperature": [0]}, "temperature is [0]; give a number"),
@@ -306,16 +310,22 @@ def test_a_value_of_a_wrong_type_gets_a_client_error_that_names_it(server, wrong
 @pytest.mark.parametrize(
     ("path", "body", "reason"),
     [
-        ("responses", {"input": [3]}, "Item 0 of input is 3; give an object"),
-        ("responses", {"input": "hi", "instructions": 3}, "instructions is 3; give a string"),
-        ("completions", {"prompt": "hi", "temperature": []}, "temperature is []; give a number"),
-        ("completions", {"prompt": "hi", "n": 2}, "this server gives one answer a request"),
+        ("v1/responses", {"input": [3]}, "Item 0 of input is 3; give an object"),
+        ("v1/responses", {"input": "hi", "instructions": 3}, "instructions is 3; give a string"),
+        ("v1/completions", {"prompt": "hi", "temperature": []}, "temperature is []; give a number"),
+        ("v1/completions", {"prompt": "hi", "n": 2}, "this server gives one answer a request"),
+        (
+            "v1/systemone",
+            {"state": "x", "questions": {"q": {"type": "noul", "instructions": "x"}}},
+            "needs a template",
+        ),
+        ("load_model", {"model": 3}, "model is 3; give a string"),
     ],
 )
 def test_the_other_ways_to_ask_name_a_wrong_value_too(server, path, body, reason):
     if not server[1]:
         pytest.skip("transformers serve answers some with 500, and takes the others")
-    status, answer = post(server[0].replace("chat/completions", path), body)
+    status, answer = post(server[0].replace("v1/chat/completions", path), body)
     assert status == 400, answer
     assert reason in json.loads(answer)["error"]["message"]
 
