@@ -164,6 +164,8 @@ def check_fields(body: dict) -> None:
         for index, item in enumerate(body.get(name, ())):
             if isinstance(body[name], list) and not isinstance(item, dict):
                 raise ValueError(f"Item {index} of {name} is {item!r:.40}; give an object.")
+            if isinstance(item, dict) and item.get("role") == "developer":  # OpenAI's newer name
+                item["role"] = "system"
     if not is_json_object(body.get("generation_config", "{}")):
         raise ValueError("generation_config is no JSON object written as a string.")
     for token, bias in body.get("logit_bias", {}).items():

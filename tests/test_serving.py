@@ -339,6 +339,18 @@ def test_a_bias_that_is_a_whole_number_works(server):
         assert not is_ours or ("!!" in answer) == bool(bias)  # token 5
 
 
+def test_a_developers_message_is_a_systems(server):
+    if not server[1]:
+        pytest.skip("transformers serve leaves the role to the template, and LLaVA's knows no developer")
+    user, used = {"role": "user", "content": "hi"}, []
+    for role in ("system", "developer"):
+        messages = [{"role": role, "content": "Read row 2."}, user]
+        status, answer = post(server[0], {"messages": messages, "max_tokens": 2})
+        assert status == 200, answer
+        used.append(json.loads(answer)["usage"]["prompt_tokens"])
+    assert used[0] == used[1]
+
+
 def test_null_is_as_if_a_field_were_left_out(server):
     options = dict.fromkeys(["model", "stop", "seed", "stream", *(["chat_template_kwargs"] if server[1] else [])])
     status, answer = post(server[0], {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **options})
