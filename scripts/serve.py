@@ -5,9 +5,9 @@
 something, or hold a value of a wrong type, are answered with status 400 and the reason, not 500. Roles and parts of
 messages that LLaVA's templates do not know get 400 too, where they are taken or left out there without a word.
 `stop` works, which gets 500 there with any model that has a processor.
-Refused with 400, too: several answers to a request (`n`), of which one would come there, another model
-than the one named here, whose code would run, and images that are no data:image/ URLs, which would be read from this
-machine's files or from what it can reach.
+Refused with 400, too: fields of OpenAI's that are left out there without a word, such as `n` and `response_format`,
+another model than the one named here, whose code would run, and images that are no data:image/ URLs, which would be
+read from this machine's files or from what it can reach.
 
 Takes the arguments of `transformers serve` (`pip install transformers[serving]`). For example:
 
@@ -73,6 +73,19 @@ FIELDS = {  # of a request, and what they may be
     "tools": list,
     "generation_config": str,
     "chat_template_kwargs": dict,
+}
+UNSUPPORTED = {  # fields that `transformers serve` leaves out, each with the value that asks for nothing
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "text": {"format": {"type": "text"}},
+    "previous_response_id": None,
+    "background": False,
 }
 ROLES = ("system", "user", "assistant", "tool")
 PARTS = ("text", "input_text", "output_text", "image_url", "input_image")
@@ -209,12 +222,13 @@ def read_messages(messages: list[dict], *args, **kwargs) -> list[dict]:
 
 
 def check_body(body: dict) -> None:
-    """What `transformers serve` leaves unsaid: it gives one answer where several are asked for. And images that come
-    beside the messages: assets of `/v1/systemone` become data: URLs, for their base64 might be a path or an address.
-    Options of a chat reach the processor: only variables of the template may be among them."""
+    """Refuses what `transformers serve` leaves out without a word, and images that come beside the messages: assets of
+    `/v1/systemone` become data: URLs, for their base64 might be a path or an address. Options of a chat reach the
+    processor: only variables of the template may be among them."""
     check_fields(body)
-    if body.get("n", 1) != 1:
-        raise ValueError(f"n={body['n']!r:.40}: this server gives one answer a request. Leave n out, and ask again.")
+    for name, nothing in UNSUPPORTED.items():
+        if body.get(name, nothing) != nothing:
+            raise ValueError(f"{name} is {body[name]!r:.80}, which this server does not do. Leave {name} out.")
     for asset in body.get("assets", {}).values():
         data = asset["data_base64"]
         if isinstance(data, str) and not data.startswith("data:"):

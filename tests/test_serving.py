@@ -249,13 +249,23 @@ def test_a_request_that_lacks_something_gets_a_client_error_that_says_so(server,
     assert not is_ours or "message" in json.loads(body)["error"]
 
 
-def test_several_answers_are_refused_where_one_would_come(server, picture):
+@pytest.mark.parametrize(
+    ("name", "value", "nothing"),
+    [
+        ("n", 2, 1),
+        ("logprobs", True, False),
+        ("presence_penalty", 0.5, 0.0),
+        ("response_format", {"type": "json_object"}, {"type": "text"}),
+    ],
+)
+def test_what_would_be_left_out_without_a_word_is_refused_by_name(server, name, value, nothing):
     if not server[1]:
-        pytest.skip("transformers serve gives one, whatever is asked for")
-    status, body = ask(server, data_url(picture[0]), QUESTION, n=2)
+        pytest.skip("transformers serve leaves it out")
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    status, answer = post(server[0], {**body, name: value})
     assert status == 400
-    assert "n=2: this server gives one answer" in json.loads(body)["error"]["message"]
-    assert ask(server, data_url(picture[0]), QUESTION, n=1)[0] == 200
+    assert f"{name} is {value!r}, which this server does not do. Leave" in json.loads(answer)["error"]["message"]
+    assert post(server[0], {**body, name: nothing})[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -313,7 +323,8 @@ def test_a_value_of_a_wrong_type_gets_a_client_error_that_names_it(server, wrong
         ("v1/responses", {"input": [3]}, "Item 0 of input is 3; give an object"),
         ("v1/responses", {"input": "hi", "instructions": 3}, "instructions is 3; give a string"),
         ("v1/completions", {"prompt": "hi", "temperature": []}, "temperature is []; give a number"),
-        ("v1/completions", {"prompt": "hi", "n": 2}, "this server gives one answer a request"),
+        ("v1/completions", {"prompt": "hi", "n": 2}, "n is 2, which this server does not do"),
+        ("v1/responses", {"input": "hi", "previous_response_id": "resp_1"}, "previous_response_id is 'resp_1', which"),
         (
             "v1/systemone",
             {"state": "x", "questions": {"q": {"type": "noul", "instructions": "x"}}},
