@@ -4,7 +4,8 @@
 """`transformers serve`, except that what the processor refuses (a broken image, a wrong prompt) and requests that lack
 something, or hold a value of a wrong type, are answered with status 400 and the reason, not 500. Roles and parts of
 messages that LLaVA's templates do not know get 400 too, where they are taken or left out there without a word.
-`stop` works, which gets 500 there with any model that has a processor.
+`stop` works, which gets 500 there with any model that has a processor, and `temperature` and `top_p` sample, which
+change nothing there unless the model's generation_config says so.
 Refused with 400, too: fields of OpenAI's that are left out there without a word, such as `n` and `response_format`,
 another model than the one named here, whose code would run, and images that are no data:image/ URLs, which would be
 read from this machine's files or from what it can reach.
@@ -242,6 +243,14 @@ def check_body(body: dict) -> None:
             )
 
 
+def build_generation_config(handler, body: dict, *args, **kwargs):
+    """As in `transformers serve`, where `temperature` changes nothing for a model that does not sample by itself."""
+    config = build_plain_generation_config(handler, body, *args, **kwargs)
+    if "generation_config" not in body and body.get("temperature", body.get("top_p")):
+        config.do_sample = True
+    return config
+
+
 def check_requests(handler) -> None:
     """Has `check_body` follow a handler's own check of a request, which then reads what that has left."""
     validate = handler._validate_request
@@ -281,6 +290,7 @@ def build_server(model_manager, chat_handler, *, completion_handler, response_ha
 
 build_plain_server = server.build_server
 split_plain_model_id = server.split_model_id
+build_plain_generation_config = utils.BaseHandler._build_generation_config
 read_plain_messages = utils.BaseHandler.get_processor_inputs_from_messages
 
 if __name__ == "__main__":
@@ -293,6 +303,7 @@ if __name__ == "__main__":
     generation.StopStringCriteria = StopStringCriteria
     server.build_server = build_server
     server.split_model_id = split_model_id
+    utils.BaseHandler._build_generation_config = build_generation_config
     utils.BaseHandler.get_processor_inputs_from_messages = staticmethod(read_messages)
     sys.argv.insert(1, "serve")
     command_line.main()

@@ -350,6 +350,18 @@ def test_a_bias_that_is_a_whole_number_works(server):
         assert not is_ours or ("!!" in answer) == bool(bias)  # token 5
 
 
+def test_a_temperature_or_a_top_p_samples(server):
+    url, is_ours = server
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    greedy = post(url, body)[1].split('"message"')[1].split("}")[0]
+    for options in ({"temperature": 50.0}, {"temperature": 50, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.5}):
+        status, answer = post(url, {**body, **options, "seed": 1})
+        assert status == 200, answer
+        assert (greedy not in answer) == (is_ours and options["temperature"] > 0)
+    status, answer = post(url, {**body, "temperature": -1.0})
+    assert not is_ours or (status == 400 and "`temperature` (=-1.0)" in answer), answer
+
+
 def test_a_developers_message_is_a_systems(server):
     if not server[1]:
         pytest.skip("transformers serve leaves the role to the template, and LLaVA's knows no developer")
