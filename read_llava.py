@@ -52,7 +52,13 @@ from read_weights import (
 from training.card import is_hub_id
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-ORIGINAL_BACKBONES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+ORIGINAL_BACKBONES = {  # by the model types of the original layout; ShareGPT4V is LLaVA-1.5 with a tower of its own
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "share4v": "llama",
+}
 NAMES = [  # the first pattern that matches a weight's name says what becomes of it; None drops it
     (r".*rotary_emb\.inv_freq$|.*embeddings\.position_ids$", None),
     (r"language_model\.lm_head\.", "lm_head."),

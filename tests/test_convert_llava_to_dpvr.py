@@ -140,6 +140,13 @@ def test_original_layout(tmp_path, tower, suffix, num_files):
     assert processor.image_processor.do_pad  # image_aspect_ratio "pad"
 
 
+def test_sharegpt4v_is_llava_with_a_tower_of_its_own(tmp_path):
+    source = write_original(tmp_path / "llava", make_llava(), model_type="share4v")
+    convert(source, tmp_path / "dpvr")
+    key = "model.vision_tower.pre_layrnorm.weight"
+    assert torch.equal(read_output(tmp_path / "dpvr")[key], make_llava().state_dict()[key])
+
+
 def test_original_without_padding_crops(tmp_path):
     source = write_original(tmp_path / "llava", make_llava(), image_aspect_ratio="square")
     convert(source, tmp_path / "dpvr")
