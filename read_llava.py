@@ -511,8 +511,13 @@ def read_checkpoint(
     if model_type == "dpvr":
         raise ConversionError(f"{source} is a DPVR checkpoint already.")
     if model_type != "llava":
+        known = ", ".join(ORIGINAL_BACKBONES)
+        if "mm_vision_tower" in fields:
+            hint = f"If it computes what LLaVA-1.5 does, under a name of its own, write that of its backbone: {known}."
+        else:
+            hint = f"Models of type llava can be converted, and with an mm_vision_tower those of type {known}."
         raise ConversionError(
-            f"{source} is not a LLaVA-1.5 checkpoint: its config.json says model_type {model_type!r}."
+            f"{source} is not a LLaVA-1.5 checkpoint: its config.json says model_type {model_type!r}. {hint}"
         )
     if vision_tower is not None:
         raise ConversionError(f"--vision-tower is for the original layout; {source} brings its own vision tower.")

@@ -792,7 +792,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "llava_next"}, "model_type 'llava_next'"),
+        ({"model_type": "llava_next"}, "model_type 'llava_next'. Models of type llava can be converted"),
+        (
+            {"model_type": "llava_llama"},
+            "model_type 'llava_llama'.* with an mm_vision_tower those of type .*llava_llama",
+        ),
         ({"model_type": "dpvr"}, "DPVR checkpoint already"),
         ({"model_type": None}, "model_type None"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantized"),
@@ -821,6 +825,7 @@ def test_configs_that_are_refused(tmp_path, source, fields, message):
         ({"mm_vision_tower": "no/such/tower"}, "vision tower of .*: no/such/tower does not exist: give the folder"),
         ({"mm_vision_tower": None}, "mm_vision_tower is None, not the name of a CLIP; give --vision-tower"),
         ({"model_type": []}, r"model_type \[\]"),
+        ({"model_type": "bunny-phi"}, "model_type 'bunny-phi'. If it computes what LLaVA-1.5 does, .* llava_mistral"),
     ],
 )
 def test_original_configs_that_are_refused(tmp_path, fields, message):
