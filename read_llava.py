@@ -276,7 +276,10 @@ def read_llava_hf(name: str, revision: str | None, folder: Path, fields: dict, t
 def check_backbone(config: LlavaConfig, path: Path) -> None:
     """Refuses decoders that DPVR does not route, and dimensions that no model has."""
     if (backbone := config.text_config.model_type) not in BACKBONES:
-        raise ConversionError(f"{path}: the backbone is {backbone!r}, none of {', '.join(BACKBONES)}.")
+        raise ConversionError(
+            f"{path}: the backbone is {backbone!r}, none of {', '.join(BACKBONES)}, whose layers DPVR can call one by "
+            "one."
+        )
     for part in ("text_config", "vision_config"):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             value = getattr(getattr(config, part), name, None)

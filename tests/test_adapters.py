@@ -655,10 +655,14 @@ def test_a_llava_that_is_not_converted_has_the_converters_geometry(llava, tmp_pa
     source = shutil.copytree(llava, tmp_path / "llava")
     (source / "config.json").write_text(json.dumps(fields))
     assert from_llava(source).config.image_seq_length == TOKENS_PER_IMAGE
-    (source / "config.json").write_text(json.dumps(fields | {"vision_config": {"model_type": "pixtral"}}))
-    for load in (from_llava, processor_from_llava):
-        with pytest.raises(ConversionError, match="the vision tower is Pixtral's"):
-            load(source)
+    for name, model_type, message in (
+        ("vision_config", "pixtral", "the vision tower is Pixtral's"),
+        ("text_config", "phi3", "the backbone is 'phi3', none of llama, mistral, qwen2"),
+    ):
+        (source / "config.json").write_text(json.dumps(fields | {name: {"model_type": model_type}}))
+        for load in (from_llava, processor_from_llava):
+            with pytest.raises(ConversionError, match=message):
+                load(source)
 
 
 def test_one_call_gives_a_llava_checkpoint_with_an_adapter(llava, tmp_path):

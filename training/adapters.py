@@ -55,7 +55,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from configuration_dpvr import ROUTING, proportional_layer
 from convert_llava_to_dpvr import make_dpvr_config
 from processing_dpvr import DPVRProcessor
-from read_llava import check_geometry, check_name, convert_processor
+from read_llava import check_backbone, check_geometry, check_name, convert_processor
 from scripts.output import written_whole
 from side_branch_weights import SAMPLE_SIZE, branch_name, describe, find_mismatch, make_sample
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
@@ -610,5 +610,6 @@ def _llava_config(llava: str | Path, **kwargs) -> LlavaConfig:
             "Convert the original layout with convert_llava_to_dpvr.py."
         )
     config = LlavaConfig.from_pretrained(llava, **download)
+    check_backbone(config, Path(llava) / "config.json")
     check_geometry(config, Path(llava) / "config.json")
     return config
