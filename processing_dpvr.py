@@ -371,6 +371,7 @@ class DPVRProcessor(LlavaProcessor):
         do_pad: bool = True,
         model_max_length: int | None = None,
         chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
     ) -> "DPVRProcessor":
         """Builds the processor of a converted LLaVA, ready to be saved.
 
@@ -380,6 +381,7 @@ class DPVRProcessor(LlavaProcessor):
             do_pad: pads images to a square (LLaVA's `image_aspect_ratio="pad"`), whatever `image_processor` does.
             model_max_length: longest prompt in tokens, saved with the tokenizer.
             chat_template: instead of LLaVA-1.5's, for a backbone that was tuned on other conversations.
+            image_token: as in the class.
 
         Raises:
             ValueError: if the tokenizer has no pad token, or for the reasons that the class gives.
@@ -389,8 +391,15 @@ class DPVRProcessor(LlavaProcessor):
         if image_processor is None:
             crop_size = {"height": image_size, "width": image_size}
             image_processor = LlavaImageProcessorPil(size={"shortest_edge": image_size}, crop_size=crop_size)
-        processor = cls(image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template)
-        processor.num_additional_image_tokens = num_additional_image_tokens
+        processor = cls(
+            image_processor,
+            tokenizer,
+            patch_size,
+            vision_feature_select_strategy,
+            chat_template,
+            image_token,
+            num_additional_image_tokens,
+        )
         processor.image_processor.do_pad = do_pad
         tokenizer.chat_template = processor.chat_template
         if model_max_length is not None:

@@ -221,16 +221,18 @@ def own_template(processor) -> str | dict[str, str] | None:
     """
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     tokenizer, messages = processor.tokenizer, [{"role": "user", "content": content}]
+    image_token = getattr(processor, "image_token", "<image>")
     template = processor.chat_template or tokenizer.chat_template
     text = template.get("default") if isinstance(template, dict) else template
     start = NO_START if tokenizer("?").input_ids[0] == tokenizer.bos_token_id else ""
-    for prefix in ("" if processor.chat_template else start, start + IMAGES_FIRST) if text else ():
+    images_first = start + IMAGES_FIRST.replace("<image>", image_token)
+    for prefix in ("" if processor.chat_template else start, images_first) if text else ():
         with contextlib.suppress(Exception):  # a template may be any code
             candidate = prefix + text
             prompt = processor.apply_chat_template(messages, chat_template=candidate, add_generation_prompt=True)
-            if prompt == "USER: <image>\n? ASSISTANT:":
+            if prompt == f"USER: {image_token}\n? ASSISTANT:":
                 return None
-            if "<image>" in prompt:
+            if image_token in prompt:
                 return {**template, "default": candidate} if isinstance(template, dict) else candidate
     return processor.chat_template
 
@@ -266,7 +268,7 @@ def read_llava_hf(name: str, revision: str | None, folder: Path, fields: dict, t
     check_backbone(config, path)
     check_geometry(config, path)
     processor = load_processor(folder, tokenizer)
-    check_vocabulary(processor.tokenizer, config, path)
+    check_vocabulary(processor.tokenizer, config, path, getattr(processor, "image_token", "<image>"))
     check_image_size(processor.image_processor, config, folder)
     with refusing(f"The processor of {folder} cannot be used"):
         processor = convert_processor(config, processor)
@@ -320,17 +322,17 @@ def check_geometry(config: LlavaConfig, path: Path) -> None:
             )
 
 
-def check_vocabulary(tokenizer, config: LlavaConfig, path: Path) -> None:
-    """Refuses a tokenizer whose ids, that of `<image>` above all, are not those of the embeddings."""
+def check_vocabulary(tokenizer, config: LlavaConfig, path: Path, image_token: str = "<image>") -> None:
+    """Refuses a tokenizer whose ids, that of `image_token` above all, are not those of the embeddings."""
     vocabulary, vocab_size, image_id = tokenizer.get_vocab(), config.text_config.vocab_size, config.image_token_id
-    found = vocabulary.get("<image>")
+    found = vocabulary.get(image_token)
     if found is None:
         raise ConversionError(
-            f"The tokenizer of {path.parent} has no <image> among its {len(vocabulary)} tokens, but {path} has it at "
-            f"{image_id}."
+            f"The tokenizer of {path.parent} has no {image_token} among its {len(vocabulary)} tokens, but {path} has "
+            f"it at {image_id}."
         )
     if found != image_id:
-        raise ConversionError(f"The tokenizer has <image> at {found}, but {path} has it at {image_id}.")
+        raise ConversionError(f"The tokenizer has {image_token} at {found}, but {path} has it at {image_id}.")
     token, last = max(vocabulary.items(), key=lambda item: item[1])
     if last >= vocab_size:
         raise ConversionError(f"The tokenizer has {token!r} at {last}, but {path} has a vocabulary of {vocab_size}.")
@@ -489,6 +491,7 @@ def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None
         do_pad=do_pad,
         model_max_length=min(processor.tokenizer.model_max_length, longest_prompt(config.text_config)),
         chat_template=own_template(processor),
+        image_token=getattr(processor, "image_token", "<image>"),
     )
 
 

@@ -53,6 +53,11 @@ import read_llava
 import write_checkpoint
 from convert_llava_to_dpvr import ConversionError, convert, main
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
 
 @pytest.fixture
 def source(tmp_path) -> Path:
@@ -160,6 +165,19 @@ def test_chat_template_of_the_source_is_kept(tmp_path, source):
     assert processor.apply_chat_template([{"role": "user", "content": "hello"}]) == "mine"
 
 
+@pytest.mark.parametrize("template", [None, CHATML, "{% for m in messages %}{{ m.role }} <picture>{% endfor %}"])
+def test_another_token_may_stand_for_an_image(tmp_path, source, template):
+    for name in ("tokenizer.json", "processor_config.json"):
+        (source / name).write_text((source / name).read_text().replace("<image>", "<picture>"))
+    if template:
+        (source / "chat_template.jinja").write_text(template)
+    convert(source, tmp_path / "dpvr")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True)
+    content = [{"type": "image", "image": Image.new("RGB", (28, 28))}, {"type": "text", "text": "w5 <image>"}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+    assert inputs["input_ids"][0].count(IMAGE) == 4
+
+
 def test_the_longest_prompt_is_saved_with_the_tokenizer(tmp_path, source):
     convert(source, tmp_path / "dpvr")
     stated = write_original(tmp_path / "stated", make_llava(), tokenizer_model_max_length=77)
@@ -222,12 +240,6 @@ def test_a_tower_that_is_not_clips_is_refused_in_the_original_layout(tmp_path):
     SiglipVisionModel(SiglipVisionConfig(**tower)).save_pretrained(tmp_path / "siglip")
     with pytest.raises(ConversionError, match="the vision tower is a siglip_vision_model; only CLIP's is supported"):
         convert(source, tmp_path / "dpvr", vision_tower=str(tmp_path / "siglip"))
-
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 @pytest.mark.parametrize("layout", ["llava-hf", "original", "chat_template.jinja", "without a tokenizer"])
