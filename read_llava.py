@@ -248,12 +248,10 @@ def load_processor(folder: Path, tokenizer: str | None):
             processor.tokenizer = tokens
         except ConversionError:  # the checkpoint may have no tokenizer
             images = _from_pretrained(AutoImageProcessor, folder, "The image processor")
-            template, older = folder / "chat_template.jinja", folder / "chat_template.json"
-            with refusing(f"The tokenizer of {tokenizer} cannot be used"):
-                own = template.read_text(encoding="utf-8") if template.is_file() else None
-                if own is None and older.is_file():
-                    own = read_json(older).get("chat_template")
-                processor = LlavaProcessor(images, tokens, chat_template=own)
+            with refusing(f"The tokenizer of {tokenizer} cannot be used with the processor of {folder}"):
+                fields, _ = LlavaProcessor.get_processor_dict(folder)
+                own = {name: fields[name] for name in ("chat_template", "image_token") if name in fields}
+                processor = LlavaProcessor(images, tokens, **own)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ConversionError(
             f"{folder} has a {type(processor).__name__}, not a processor of images and text, such as LlavaProcessor."

@@ -426,10 +426,17 @@ def test_a_tokenizer_option_serves_a_source_without_one(tmp_path):
         (source / name).rename(tmp_path / "tokenizer" / name)
     with pytest.raises(ConversionError, match="The processor cannot be loaded"):
         convert(source, tmp_path / "dpvr")
-    (source / "chat_template.json").write_text('{"chat_template": "{{ messages[0].role }} <image>"}')  # an old name
+    (source / "chat_template.jinja").write_text("{{ messages[0].role }} new <image>")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ 'rag' }}")
     convert(source, tmp_path / "dpvr", tokenizer=str(tmp_path / "tokenizer"))
     assert_same_weights(read_output(tmp_path / "dpvr"), make_llava().state_dict())
     assert "messages[0].role" in (tmp_path / "dpvr" / "chat_template.jinja").read_text()
+    assert (tmp_path / "dpvr" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ 'rag' }}"
+    shutil.rmtree(source / "additional_chat_templates")
+    (source / "chat_template.json").write_text('{"chat_template": "{{ messages[0].role }} old <image>"}')
+    convert(source, tmp_path / "old", tokenizer=str(tmp_path / "tokenizer"))
+    assert " old " in (tmp_path / "old" / "chat_template.jinja").read_text()  # as in transformers
 
 
 def test_of_a_source_without_a_tokenizer_is_said_which_files_one_would_be_read_from(tmp_path):
