@@ -475,9 +475,24 @@ def longest_prompt(text_config) -> int:
     return max(limit, int(trained * (rope.get("factor") or 1)))
 
 
+def set_pad_token(tokenizer, config: LlavaConfig) -> None:
+    """Gives a tokenizer that names no pad token that of the config."""
+    if tokenizer.pad_token is not None:
+        return
+    stated = getattr(config, "pad_token_id", None)
+    token = next((token for token, index in tokenizer.get_vocab().items() if index == stated), None)
+    if token is None:
+        raise ValueError(
+            f"its tokenizer has no pad token, and pad_token_id of config.json, {stated!r:.80}, is none of its tokens. "
+            "Name one as pad_token in tokenizer_config.json; the one that ends a text will do."
+        )
+    tokenizer.pad_token = token
+
+
 def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None) -> DPVRProcessor:
     """The processor that travels with the checkpoint; without a chat template of its own it takes LLaVA-1.5's. A
     tokenizer that states no longest prompt gets the backbone's."""
+    set_pad_token(processor.tokenizer, config)
     if do_pad is None:
         do_pad = processor.image_processor.to_dict().get("do_pad") is not False  # CLIP's does not say; LLaVA pads
     return DPVRProcessor.from_llava(

@@ -178,6 +178,20 @@ def test_another_token_may_stand_for_an_image(tmp_path, source, template):
     assert inputs["input_ids"][0].count(IMAGE) == 4
 
 
+def test_a_tokenizer_without_a_pad_token_gets_that_of_the_config(tmp_path, source):
+    path = source / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    del fields["pad_token"]
+    path.write_text(json.dumps(fields))
+    convert(source, tmp_path / "dpvr")
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "dpvr", trust_remote_code=True).tokenizer
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", PAD)
+    for stated in (None, 120):
+        edit_config(source, pad_token_id=stated)
+        with pytest.raises(ConversionError, match=f"no pad token, and pad_token_id of config.json, {stated}, is none"):
+            convert(source, tmp_path / "refused")
+
+
 def test_the_longest_prompt_is_saved_with_the_tokenizer(tmp_path, source):
     convert(source, tmp_path / "dpvr")
     stated = write_original(tmp_path / "stated", make_llava(), tokenizer_model_max_length=77)
