@@ -22,11 +22,11 @@ import torch
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import LlavaConfig
+from transformers import GenerationConfig, LlavaConfig
 
 from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, prefill_loads
 from configuration_dpvr import AUTO_MAP, DPVRConfig, proportional_layer
-from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, find_tensors, read_checkpoint
+from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, find_tensors, read_checkpoint, refusing
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
 from scripts.output import say
 from scripts.publish import explain
@@ -87,6 +87,8 @@ def make_generation_config(checkpoint: Checkpoint) -> dict:
     fields.setdefault("eos_token_id", text.eos_token_id)
     if "mm_vision_tower" in checkpoint.fields or fields.get("pad_token_id") is None:
         fields["pad_token_id"] = checkpoint.processor.tokenizer.pad_token_id
+    with refusing(f"{path} is no generation config that transformers can read"):
+        GenerationConfig.from_dict(fields)
     return fields
 
 

@@ -493,9 +493,17 @@ def test_a_card_of_the_source_that_names_no_licence_costs_nothing(tmp_path, sour
     assert "license: other\nlicense_name: that-of-the-source\n" in (tmp_path / "dpvr" / "README.md").read_text()
 
 
-def test_a_dry_run_finds_a_broken_generation_config(tmp_path, source):
-    (source / "generation_config.json").write_text("{")
-    with pytest.raises(ConversionError, match="generation_config.json is not valid JSON"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ('{"max_new_tokens": -3}', "is no generation config .*: `max_new_tokens` must be greater than 0, but is -3"),
+        ('{"watermarking_config": 3}', "is no generation config that transformers can read: 'int'"),
+    ],
+)
+def test_a_dry_run_finds_a_broken_generation_config(tmp_path, source, content, message):
+    (source / "generation_config.json").write_text(content)
+    with pytest.raises(ConversionError, match=f"generation_config.json {message}"):
         convert(source, tmp_path / "dpvr", dry_run=True)
 
 
