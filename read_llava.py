@@ -11,6 +11,7 @@ random; here each is the mean of the old rows, so that the same source always gi
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from tokenizers import decoders, normalizers
 from transformers import (
     CONFIG_MAPPING,
@@ -130,17 +131,31 @@ def resolve_folder(name: str, revision: str | None = None) -> Path:
     return _download(name, revision, texts)
 
 
+def file_names(name: str, revision: str | None) -> list[str]:
+    """Of a folder or a Hub repository, fetched or not; none where the Hub cannot be asked."""
+    if Path(name).is_dir():
+        return os.listdir(name)
+    with contextlib.suppress(Exception):  # a message goes without advice then
+        return HfApi().list_repo_files(name, revision=revision)
+    return []
+
+
 def fetch_weights(name: str, revision: str | None, folder: Path) -> None:
     """Downloads the weights of the Hub repository `name` beside its other files in `folder`."""
-    for pattern in () if Path(name).is_dir() else ("*.safetensors", "*.bin"):
+    if Path(name).is_dir():
+        return
+    for pattern in ("*.safetensors", "*.bin"):
         _download(name, revision, [pattern])
         with contextlib.suppress(ConversionError):  # of this kind there may be an adapter alone
             if weight_files(folder)[0][0].match(pattern):
                 return
+    if what := advice(file_names(name, revision)):
+        raise ConversionError(f"{name} has no weights that can be converted.{what}")
 
 
 def _download(name: str, revision: str | None, patterns: list[str], ignored: str | None = "*/*") -> Path:
-    with refusing(f"{name!r} is neither a folder nor a Hub repository that can be read"):
+    what = f"{name!r}{f' at revision {revision!r}' if revision else ''} is neither a folder nor a Hub repository"
+    with refusing(f"{what} that can be read (a private or gated one takes `hf auth login`)"):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 
@@ -516,7 +531,7 @@ def read_checkpoint(
     load_pickled.cache_clear()  # what an earlier call has read may have changed
     folder = resolve_folder(source, revision)
     if not (folder / "config.json").is_file():
-        raise ConversionError(f"{source} has no config.json.{advice(folder)}")
+        raise ConversionError(f"{source} has no config.json.{advice(file_names(source, revision))}")
     fields = read_json(folder / "config.json")
     if (folder / "adapter_config.json").is_file() or fields.get("tune_mm_mlp_adapter"):
         # Before all else that an adapter or a projector lacks, such as a tokenizer; either is small to fetch

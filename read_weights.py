@@ -8,10 +8,11 @@ so that they could be copied in pieces, nor which key and which two numbers of a
 are read by torch's `weights_only` loader, which runs no code.
 """
 
+import fnmatch
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -57,9 +58,9 @@ def reason(error: Exception) -> str:
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
-def advice(folder: Path) -> str:
-    """What to do with a folder that is no checkpoint, as the end of a message; nothing where that is not known."""
-    return next((f" {what}" for pattern, what in PARTS.items() if any(folder.glob(pattern))), "")
+def advice(files: Iterable[str]) -> str:
+    """What to do with files that are no checkpoint, as the end of a message; nothing where that is not known."""
+    return next((f" {what}" for pattern, what in PARTS.items() if fnmatch.filter(files, pattern)), "")
 
 
 def read_json(path: Path) -> dict:
@@ -370,7 +371,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             return [folder / file for file in sorted(set(weight_map.values()))], weight_map
     raise ConversionError(
         f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index of either."
-        f"{advice(folder)}"
+        f"{advice(os.listdir(folder))}"
     )
 
 

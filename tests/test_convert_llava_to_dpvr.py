@@ -932,6 +932,17 @@ def test_of_what_is_published_in_place_of_a_checkpoint_is_said_what_to_convert(t
         convert(part, tmp_path / "dpvr")
 
 
+@pytest.mark.parametrize(("has_config", "what"), [(False, "config.json"), (True, "weights that can be converted")])
+def test_of_a_hub_repository_of_gguf_alone_is_said_what_to_convert(tmp_path, source, monkeypatch, has_config, what):
+    for path in source.glob("model*"):
+        path.unlink()
+    folder = source if has_config else tmp_path / "nothing was fetched"
+    monkeypatch.setattr(read_llava, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr(read_llava.HfApi, "list_repo_files", lambda *_, **__: ["README.md", "q4/llava.gguf"])
+    with pytest.raises(ConversionError, match=f"me/llava has no {what}. It holds GGUF files, .*: convert the checkp"):
+        convert("me/llava", tmp_path / "dpvr")
+
+
 def test_hub_names_are_resolved_to_the_files_that_are_needed(tmp_path, monkeypatch):
     write_original(tmp_path / "llava", make_llava(), num_files=1)
     (tmp_path / "llava" / "model_card.py").write_text("")
