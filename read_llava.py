@@ -377,12 +377,14 @@ def check_original(fields: dict, path: Path) -> None:
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_patch_merge_type": (None, "flat"),
         "mm_use_im_start_end": (None, False),
+        "mm_resampler_type": (None,),
+        "s2": (None, False),
         "image_aspect_ratio": (None, "pad", "square"),
         "mm_vision_select_feature": (None, "patch", "cls_patch"),
     }
     for key, values in only.items():
         if fields.get(key) not in values:
-            allowed = " and ".join(repr(value) for value in values if value is not None)
+            allowed = " and ".join(repr(value) for value in values if value is not None) or None
             raise ConversionError(f"{path}: {key} is {fields.get(key)!r}; only {allowed} can be converted.")
 
 

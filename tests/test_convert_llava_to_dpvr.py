@@ -862,6 +862,8 @@ def test_configs_that_are_refused(tmp_path, source, fields, message):
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'; only 'pad' and 'square'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type is 'spatial_pool'; only None can be converted"),
+        ({"s2": True}, "s2 is True; only False can be converted"),
         ({"vocab_size": WORDS + 2}, r"embed_tokens\.weight in .* has shape \(96, 32\), .* \(98, 32\)"),
         ({"mm_vision_tower": "no/such/tower"}, "vision tower of .*: no/such/tower does not exist: give the folder"),
         ({"mm_vision_tower": None}, "mm_vision_tower is None, not the name of a CLIP; give --vision-tower"),
