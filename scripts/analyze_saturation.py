@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks.command import check_numbers, given_path, usable_device, write_record
+from benchmarks.command import check_numbers, given_path, lock_record, release_records, usable_device, write_record
 from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import check_name, own_template
@@ -447,17 +447,18 @@ def run(args: argparse.Namespace, samples: list[Sample]) -> tuple[dict, list[dic
 
     Raises:
         AnalysisError: no sample can be measured, or what was measured before is not of this model or data.
+        SystemExit: another run measures for the same folder.
     """
     model, processor = load_model(args)
     num_layers = model.config.text_config.num_hidden_layers
     check_layers(args, model.config)
-    settings = make_settings(args, model)
+    settings, path = make_settings(args, model), args.output / "samples.jsonl"
+    (args.output / "maps").mkdir(parents=True, exist_ok=True)
+    lock_record(path)
     if args.restart:
         discard(args.output)
         args.restart = False  # done: what comes after an interrupt must not do it again
-    (args.output / "maps").mkdir(parents=True, exist_ok=True)
     check_settings(args.output / "settings.json", settings)
-    path = args.output / "samples.jsonl"
     rows = {row["sample"]: row for row in read_rows(path)}
     chosen, is_checked, wanted = [], False, min(args.samples or len(samples), len(samples))
     passes = num_passes(args.metrics, range(num_layers) if args.layers is None else args.layers)
@@ -653,6 +654,8 @@ def main(arguments: list[str] | None = None) -> int:
                 where = f"without --restart {where}"
             print(f"interrupted; the same command {where}", file=sys.stderr)
             return 130
+        finally:
+            release_records()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GiB\n{args.output / 'report.html'}")
     return 0

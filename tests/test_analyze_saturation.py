@@ -3,6 +3,7 @@
 """The saturation analysis: its metrics against slow direct computations, its rule, its command, and who reads it."""
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -737,6 +738,16 @@ def test_a_restart_discards_results_and_plots_once_all_is_checked(tmp_path):
     assert run(tmp_path, "--restart", *options, "--seed", 1) == 0
     assert {path.name for path in tmp_path.iterdir()} == kept
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_restart_beside_a_run_that_still_measures_is_refused_and_discards_nothing(digits_run):
+    rows, lock = (digits_run / "samples.jsonl").read_bytes(), digits_run / ".samples.jsonl.lock"
+    with lock.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match=r"Another run writes to .*samples\.jsonl: choose another --output"):
+            run(digits_run, "--restart", "--questions", 2, "--seed", 1)
+    assert (digits_run / "samples.jsonl").read_bytes() == rows
+    lock.unlink()
 
 
 def test_results_measured_otherwise_are_not_mixed(digits_run, capsys):
