@@ -567,8 +567,10 @@ def test_files_that_are_no_adapter_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda key: key.replace("layers.5", "layers.9"), r"the model has no place for .*layers\.9"),
-        (lambda key: None, r"lacks .*lora_B"),
+        (lambda key, weight: (key.replace("layers.5", "layers.9"), weight), r"the model has no place for .*layers\.9"),
+        (lambda key, weight: (None, weight), r"lacks .*lora_B"),
+        (lambda key, weight: (key, weight.int()), r"lora_B.weight has dtype torch\.int32, but weights have"),
+        (lambda key, weight: (key, weight / 0), r"lora_B.weight holds NaN or infinite values"),
     ],
 )
 def test_lora_that_does_not_fit_is_refused_and_the_base_is_as_before(tmp_path, change, message):
@@ -578,7 +580,7 @@ def test_lora_that_does_not_fit_is_refused_and_the_base_is_as_before(tmp_path, c
     train(model, 0)
     save_adapter(model, tmp_path, BASE)
     weights, metadata = stored(tmp_path)
-    changed = {change(key) if "q_proj.lora_B" in key else key: weight for key, weight in weights.items()}
+    changed = dict(change(*item) if "q_proj.lora_B" in item[0] else item for item in weights.items())
     changed.pop(None, None)
     save_file(changed, tmp_path / "adapter_model.safetensors", metadata)
     base = make_base()
@@ -589,7 +591,9 @@ def test_lora_that_does_not_fit_is_refused_and_the_base_is_as_before(tmp_path, c
     assert set(base.state_dict()) == names
 
 
-@pytest.mark.parametrize("fields", [{"peft_type": "FOO"}, {"target_modules": 5}, {"target_modules": "(("}])
+@pytest.mark.parametrize(
+    "fields", [{"peft_type": "FOO"}, {"target_modules": 5}, {"target_modules": "(("}, {"r": 10**12}]
+)
 def test_a_config_that_peft_cannot_use_is_refused_and_the_base_is_as_before(tmp_path, fields):
     save_adapter(add_adapter(make_base(), "fusion"), tmp_path, BASE)
     path = tmp_path / "adapter_config.json"
@@ -666,6 +670,8 @@ def test_a_llava_that_is_not_converted_has_the_converters_geometry(llava, tmp_pa
 
 
 def test_one_call_gives_a_llava_checkpoint_with_an_adapter(llava, tmp_path):
+    from safetensors.torch import save_file
+
     model = add_adapter(from_llava(llava, saturation_layer=4))
     expected = train(model, 3)
     save_adapter(model, tmp_path, "llava-hf/llava-tiny")
@@ -674,6 +680,10 @@ def test_one_call_gives_a_llava_checkpoint_with_an_adapter(llava, tmp_path):
     assert torch.equal(logits(loaded), expected)
     with pytest.raises(AdapterError, match="trained for saturation_layer=4, but 3 was asked for"):
         from_llava(llava, adapter=tmp_path, saturation_layer=3)
+    weights, metadata = stored(tmp_path)
+    save_file(weights, tmp_path / "adapter_model.safetensors", metadata | {"saturation_layer": "four"})
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors states saturation_layer='four', which is no"):
+        from_llava(llava, adapter=tmp_path)
 
 
 def test_the_paper_proportion_is_the_default(llava):

@@ -56,6 +56,7 @@ from configuration_dpvr import ROUTING, proportional_layer
 from convert_llava_to_dpvr import make_dpvr_config
 from processing_dpvr import DPVRProcessor
 from read_llava import check_backbone, check_geometry, check_name, convert_processor
+from read_weights import FLOATS, is_finite
 from scripts.output import written_whole
 from side_branch_weights import SAMPLE_SIZE, branch_name, describe, find_mismatch, make_sample
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
@@ -430,7 +431,7 @@ def load_adapter(
         model = _inject(model, config, name)
     except AdapterError:
         raise
-    except (re.error, AttributeError, KeyError, TypeError, ValueError) as error:  # fields of any type
+    except (re.error, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # fields of any type
         raise AdapterError(f"PEFT cannot apply {path.parent / CONFIG_FILE} to this model: {error}") from error
     try:
         _set_weights(model, weights, name, path)
@@ -477,6 +478,10 @@ def _set_weights(model: PeftModel, weights: dict[str, torch.Tensor], name: str, 
         if weight.shape != wanted[key].shape:
             shapes = f"shape {tuple(weight.shape)} there, but {tuple(wanted[key].shape)} in the model"
             raise AdapterError(f"{path} does not fit the model: {key} has {shapes}.")
+        if weight.dtype not in FLOATS.values():  # torch would cast it, without a word
+            raise AdapterError(f"{path}: {key} has dtype {weight.dtype}, but weights have one of {', '.join(FLOATS)}.")
+        if not is_finite(weight):
+            raise AdapterError(f"{path}: {key} holds NaN or infinite values: its training has diverged. Train anew.")
     set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
@@ -572,6 +577,9 @@ def _choose_routing(adapter: Path | None, saturation_layer: int | None, num_laye
     """The routing that an adapter was trained for; what it does not state, or no adapter does, as the converter has
     it."""
     stated = read_header(adapter)[0] if adapter else {}
+    for name in ROUTING:
+        if not stated.get(name, "1").isdecimal():
+            raise AdapterError(f"{adapter} states {name}={stated[name]!r:.80}, which is no number of layers.")
     routing = {name: int(stated.get(name, 1)) for name in ROUTING}
     trained = stated.get("saturation_layer")
     if None not in (trained, saturation_layer) and int(trained) != saturation_layer:
