@@ -56,8 +56,8 @@ class DPVRConfig(LlavaConfig):
 
     Raises:
         ValueError: unless `1 <= saturation_layer <= num_hidden_layers - num_fusion_layers <= num_hidden_layers - 1`,
-            `num_side_layers >= 0` and the text backbone is Llama, Mistral or Qwen2. The message names the field, its
-            value and the range.
+            `0 <= num_side_layers <= num_hidden_layers` and the text backbone is Llama, Mistral or Qwen2. The message
+            names the field, its value and the range.
 
     Example:
 
@@ -111,8 +111,11 @@ class DPVRConfig(LlavaConfig):
                 f"fusion layer (text_config.num_hidden_layers={num_layers} less "
                 f"num_fusion_layers={self.num_fusion_layers})."
             )
-        if self.num_side_layers < 0:
-            raise ValueError(f"num_side_layers={self.num_side_layers} must be at least 0.")
+        if not 0 <= self.num_side_layers <= num_layers:
+            raise ValueError(
+                f"num_side_layers={self.num_side_layers} must be between 0 and {num_layers}, the layers of the "
+                "decoder (text_config.num_hidden_layers)."
+            )
 
     @property
     def first_fusion_layer(self) -> int:

@@ -1044,7 +1044,8 @@ def test_a_window_that_no_layer_has_limits_no_prompt():
         ({"saturation_layer": 5, "num_fusion_layers": 2}, "saturation_layer=5 must be between 1 and 4"),
         ({"num_fusion_layers": 0}, "num_fusion_layers=0 must be between 1 and 5"),
         ({"num_fusion_layers": 6}, "num_fusion_layers=6 must be between 1 and 5"),
-        ({"num_side_layers": -1}, "num_side_layers=-1 must be at least 0"),
+        ({"num_side_layers": -1}, "num_side_layers=-1 must be between 0 and 6, the layers of the decoder"),
+        ({"num_side_layers": 10**9}, "num_side_layers=1000000000 must be between 0 and 6"),  # would take all memory
         ({"saturation_layer": "2"}, "saturation_layer='2' must be an integer"),
         ({"saturation_layer": True}, "saturation_layer=True must be an integer"),
         ({"num_side_layers": None}, "num_side_layers=None must be an integer"),
