@@ -18,6 +18,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +34,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser,
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import given_path
+from benchmarks.command import given_path, lock_record, release_records
 from read_llava import check_name
 from scripts.output import names_file
 from training.adapters import (
@@ -382,6 +383,9 @@ def run(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         print(f"{options.output} holds no whole checkpoint to go on from: the training starts anew", flush=True)
     lora = read_config(options.peft_config) if options.peft_config else options.lora
     processor = load_processor(options, arguments)
+    if arguments.process_index == 0:
+        options.output.mkdir(parents=True, exist_ok=True)
+        lock_record(options.output / RUN_FILE)
     with arguments.main_process_first():
         data, held_out = make_datasets(options, processor, fresh=checkpoint is None and arguments.process_index == 0)
     if arguments.dataloader_drop_last and len(data) < arguments.train_batch_size * arguments.world_size:
@@ -455,6 +459,8 @@ def finish(options, trainer, model: StagedModel, record: dict) -> None:
 def write_results(options, model: StagedModel, record: dict, state: dict | None) -> None:
     """Adapter, records and card, which are all there before the first gets its name."""
     output = options.output
+    for left in output.glob(".results-*"):  # by a run that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".results-", dir=output) as made:
         staging = Path(made)
         save_adapter(model.model, staging, options.base or options.model, state_dict=state)
@@ -486,6 +492,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"\ninterrupted; with --resume a run goes on from the last checkpoint in {options.output}", file=sys.stderr
         )
         return 130
+    finally:
+        release_records()
     if training_arguments.process_index == 0:
         losses = [loss for _, loss in record["loss_curve"]]
         if losses:

@@ -6,6 +6,7 @@ import copy
 import csv
 import datetime
 import errno
+import fcntl
 import gzip
 import importlib.metadata
 import inspect
@@ -1155,10 +1156,12 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_was_not(embedded, pict
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (killed / "training.json").exists()
+    (killed / ".results-cut-off").mkdir()  # as of a kill a moment later
     with pytest.raises(SystemExit):
         train_side_branch.main(train(embedded, pictures, killed, *options))
     assert train_side_branch.main(train(embedded, pictures, killed, *options, "--resume")) == 0
     assert train_side_branch.main(train(embedded, pictures, whole, *options)) == 0
+    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
     assert len(losses(whole)) == 15
     assert losses(killed) == pytest.approx(losses(whole), abs=1e-6)
     uncached = tmp_path / "uncached"
@@ -1392,6 +1395,19 @@ def test_rows_that_are_fewer_than_a_batch_which_is_then_left_out_are_refused(
     options += ("--per_device_train_batch_size", 11, "--dataloader_drop_last", "true")
     assert train_side_branch.main(train(embedded, pictures, tmp_path / "out", *options)) == 1
     assert "--dataloader_drop_last leaves out all of 10 rows" in capsys.readouterr().err
+
+
+def test_a_run_beside_one_that_still_trains_is_refused_and_touches_none_of_its_files(embedded, pictures, tmp_path):
+    """Both would end well, one of them with the other's adapter."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "bad_rows.jsonl").write_text("of the other\n")
+    with (output / ".training.json.lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match=r"Another run writes to .*training\.json: choose another --output"):
+            train_side_branch.main(train(embedded, pictures, output, "--max_steps", 1))
+    assert (output / "bad_rows.jsonl").read_text() == "of the other\n"
+    assert {path.name for path in output.iterdir()} == {"bad_rows.jsonl", ".training.json.lock"}
 
 
 def test_a_run_that_finds_nothing_to_go_on_from_says_so(embedded, pictures, tmp_path, capsys, monkeypatch):
