@@ -28,7 +28,7 @@ from benchmarks.accounting import cache_bytes, decoder_flops, dense_config, pref
 from configuration_dpvr import AUTO_MAP, DPVRConfig, proportional_layer
 from read_llava import EMBEDDINGS, Checkpoint, base_weights, check_names, find_tensors, read_checkpoint, refusing
 from read_weights import ConversionError, MadeTensor, StoredTensor, Weight, read_json, reason, version_of
-from scripts.output import say
+from scripts.output import interrupted_by_sigterm, say
 from scripts.publish import explain
 from scripts.push_to_hub import push_to_hub
 from side_branch_weights import (
@@ -45,7 +45,6 @@ from write_checkpoint import (
     check_disk,
     check_empty,
     check_output,
-    interrupted_by_sigterm,
     link_files,
     plan_shards,
     staged,

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from read_weights import reason
-from scripts.output import written_whole
-from write_checkpoint import interrupted_by_sigterm, locked_file
+from scripts.output import interrupted_by_sigterm, written_whole
+from write_checkpoint import locked_file
 
 # What an interrupted command has kept
 GOES_ON = "what was measured so far is in --output, and the same command goes on from there"

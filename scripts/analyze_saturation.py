@@ -37,13 +37,12 @@ from configuration_dpvr import BACKBONES, attention_window
 from processing_dpvr import CHAT_TEMPLATE
 from read_llava import check_name, own_template
 from read_weights import ConversionError
-from scripts.output import names_file, written_whole
+from scripts.output import interrupted_by_sigterm, names_file, written_whole
 from scripts.saturation_metrics import METRICS, Decoder, Prompt, StateRecorder, first_fusion_layer, measure, num_passes
 from scripts.saturation_report import PLOTS, read_summary, write_report
 from scripts.saturation_rule import KL_THRESHOLD, AnalysisError, summarize
 from training.data import BadRowError, read_picture, read_turn
 from training.data import read_rows as read_conversations
-from write_checkpoint import interrupted_by_sigterm
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.dont_write_bytecode |= __name__ == "__main__"  # a check would find what it has left itself
 
-from scripts.output import say, written_whole
+from scripts.output import interrupted_by_sigterm, say, written_whole
 
 NAME = "SHA256SUMS"
 LEFT_OUT = (".gitattributes", ".cache", ".git", ".venv")  # of the Hub, its client, git and Python
@@ -139,6 +139,7 @@ def find_faults(folder: Path) -> tuple[int, list[str]]:
     return len(actual), faults
 
 
+@interrupted_by_sigterm()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,

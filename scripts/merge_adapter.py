@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.command import given_path
 from read_llava import check_name
 from read_weights import is_finite, reason
-from scripts.output import say
+from scripts.output import interrupted_by_sigterm, say
 from training.adapters import (
     adapter_path,
     from_llava,
@@ -33,7 +33,7 @@ from training.adapters import (
     refuse_missing,
 )
 from training.card import RUN_FILE
-from write_checkpoint import check_empty, check_output, interrupted_by_sigterm
+from write_checkpoint import check_empty, check_output
 
 
 def refuse_infinite(model: torch.nn.Module) -> None:

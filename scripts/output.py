@@ -1,9 +1,11 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What commands leave behind: files that are there in full or as they were, and words that may reach nobody."""
+"""How commands end and what they leave behind: files that are there in full or as they were, and words that may reach
+nobody."""
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,16 @@ def written_whole(path: Path) -> Iterator[Path]:
             new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Has SIGTERM end what runs as Ctrl-C does, which cleans up behind it."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def say(text: str) -> None:

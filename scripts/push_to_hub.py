@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.command import given_path
 from read_weights import ConversionError, read_json
 from scripts.checksums import write_checksums
-from scripts.output import say
+from scripts.output import interrupted_by_sigterm, say
 from scripts.publish import SUFFIXES, PublishError, explain, open_repository, publish
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_header
 from training.card import (
@@ -171,6 +171,7 @@ def push_to_hub(
         return publish(api, repo, {inside + name: path for name, path in names.items()}, message)
 
 
+@interrupted_by_sigterm()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],

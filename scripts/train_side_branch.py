@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import given_path, lock_record, release_records
 from read_llava import check_name
-from scripts.output import names_file
+from scripts.output import interrupted_by_sigterm, names_file
 from training.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -64,7 +64,6 @@ from training.trainer import (
     stated_facts,
     trainable,
 )
-from write_checkpoint import interrupted_by_sigterm
 
 DEFAULTS = {
     "learning_rate": 1e-3,

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -138,6 +139,15 @@ def test_every_script_has_help_with_examples(script, tmp_path):
     assert "example" in run_script(script, "--help", cwd=tmp_path).stdout
 
 
+@pytest.fixture
+def ignored_sigterm():
+    """So that one which nothing handles does not end the tests."""
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.usefixtures("ignored_sigterm")
 @pytest.mark.parametrize(
     ("script", "options", "stopped"),
     [
@@ -155,7 +165,7 @@ def test_every_script_has_help_with_examples(script, tmp_path):
 )
 def test_an_interrupted_script_says_in_a_line_what_was_kept(script, options, stopped, monkeypatch, capsys):
     def interrupted(*_, **__):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)  # which ends as Ctrl-C does
 
     main = importlib.import_module(f"scripts.{script}").main
     monkeypatch.setattr(stopped, interrupted)
