@@ -157,7 +157,7 @@ def lock_record(path: Path) -> None:
     lock = path.with_name(f".{path.name}.lock")
     if lock in LOCKS:
         return
-    refusal = SystemExit(f"Another run writes to {path}: choose another --output, or wait for its end.")
+    refusal = SystemExit(f"Another run writes to {path}: choose another output, or wait for its end.")
     held = contextlib.ExitStack()
     held.enter_context(locked_file(lock, refusal))
     held.callback(lock.unlink, missing_ok=True)  # before another run can have it

@@ -10,7 +10,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import given_path
+from benchmarks.command import given_path, lock_record, release_records
 from read_llava import check_name
 from read_weights import is_finite, reason
 from scripts.output import interrupted_by_sigterm, say
@@ -72,17 +71,18 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
         merged = from_llava(base, weights, dtype=dtype)
         processor = processor_from_llava(base)
     refuse_infinite(merged)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    target = output.resolve()  # "folder/.." is not the name that it gets
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock_record(target)
+    staging = target.with_name(f".{target.name}.merging")
+    shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
     try:
-        folder = staging / output.name  # whose rights are the user's usual ones
         try:
-            write(merged, processor, weights.parent / RUN_FILE, folder)
+            staging.mkdir()
+            write(merged, processor, weights.parent / RUN_FILE, staging)
         except Exception as error:  # safetensors and tokenizers have types of their own for a full disk
             raise OSError(f"{output} cannot be written: {reason(error)}") from error
-        if output.exists():
-            output.rmdir()
-        os.replace(folder, output)
+        os.replace(staging, target)  # an empty folder there gives way
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -111,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; nothing is left behind", file=sys.stderr)
             return 130
+        finally:
+            release_records()
     say(f"{options.output}: {options.base} with {options.adapter}; it loads without PEFT")
     return 0
 

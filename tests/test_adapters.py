@@ -1,6 +1,7 @@
 """Adapters: PEFT files that hold the side branch and nothing else, on a DPVR or straight on a LLaVA checkpoint."""
 
 import copy
+import fcntl
 import json
 import os
 import re
@@ -735,7 +736,11 @@ def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(k
     for name, weight in loaded.state_dict().items():
         torch.testing.assert_close(weight, expected[name], atol=1e-3, rtol=1e-3)
     assert {"processor_config.json", "processing_dpvr.py"} <= {path.name for path in (tmp_path / "merged").iterdir()}
-    assert main([str(tmp_path / "merged"), str(tmp_path / "adapter"), str(tmp_path / "again")]) == 0
+    (tmp_path / ".again.merging").mkdir()
+    (tmp_path / ".again.merging" / "model.safetensors.index.json").touch()  # of a merge that was killed
+    named = tmp_path / "again" / "new" / ".."  # which nothing is written to on the way
+    assert main([str(tmp_path / "merged"), str(tmp_path / "adapter"), str(named)]) == 0
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {p.name for p in (tmp_path / "merged").iterdir()}
     assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
     assert "exists and is not an empty folder" in capsys.readouterr().err
     before = sorted(tmp_path.iterdir())
@@ -744,6 +749,11 @@ def test_the_merging_command_writes_a_checkpoint_with_its_processor_or_nothing(k
             assert main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "full")]) == 1
         assert f"error: {tmp_path / 'full'} cannot be written: " in capsys.readouterr().err
         assert sorted(tmp_path.iterdir()) == before
+    with (tmp_path / ".full.lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="Another run writes to .*full: choose another output, or wait"):
+            main([str(tiny), str(tmp_path / "adapter"), str(tmp_path / "full")])
+    (tmp_path / ".full.lock").unlink()
     assert main([str(tiny), str(tmp_path / "absent"), str(tmp_path / "none")]) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged", "again"}
 

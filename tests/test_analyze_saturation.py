@@ -744,7 +744,7 @@ def test_a_restart_beside_a_run_that_still_measures_is_refused_and_discards_noth
     rows, lock = (digits_run / "samples.jsonl").read_bytes(), digits_run / ".samples.jsonl.lock"
     with lock.open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match=r"Another run writes to .*samples\.jsonl: choose another --output"):
+        with pytest.raises(SystemExit, match=r"Another run writes to .*samples\.jsonl: choose another output"):
             run(digits_run, "--restart", "--questions", 2, "--seed", 1)
     assert (digits_run / "samples.jsonl").read_bytes() == rows
     lock.unlink()

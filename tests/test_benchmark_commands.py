@@ -124,7 +124,7 @@ def test_a_record_that_another_run_adds_to_is_refused_at_once(tmp_path):
     path, new = tmp_path / "record.json", {"settings": {}}
     other = (tmp_path / ".record.json.lock").open("ab")
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(SystemExit, match=r"Another run writes to .*record\.json: choose another --output"):
+    with pytest.raises(SystemExit, match=r"Another run writes to .*record\.json: choose another output"):
         side_branch_seeds.read_results(path, new, {})
     other.close()
     for _ in range(2):  # a run does not refuse itself

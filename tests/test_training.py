@@ -1404,7 +1404,7 @@ def test_a_run_beside_one_that_still_trains_is_refused_and_touches_none_of_its_f
     (output / "bad_rows.jsonl").write_text("of the other\n")
     with (output / ".training.json.lock").open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match=r"Another run writes to .*training\.json: choose another --output"):
+        with pytest.raises(SystemExit, match=r"Another run writes to .*training\.json: choose another output"):
             train_side_branch.main(train(embedded, pictures, output, "--max_steps", 1))
     assert (output / "bad_rows.jsonl").read_text() == "of the other\n"
     assert {path.name for path in output.iterdir()} == {"bad_rows.jsonl", ".training.json.lock"}
