@@ -447,6 +447,8 @@ def analyzed_layer(folder: str | Path, num_layers: int, num_fusion_layers: int) 
         )
     if layer is None:
         raise ConversionError(f"{path} recommends no layer: {why}")
+    if type(layer) is not int or not 1 <= layer <= fusion:
+        raise ConversionError(f"{path} recommends {layer!r:.80}, which is no layer from 1 to {fusion}.")
     return layer, f"by the analysis of {num_samples} samples in {folder}: {why}"
 
 

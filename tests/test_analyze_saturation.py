@@ -1108,6 +1108,9 @@ def test_the_converter_refuses_an_analysis_that_it_cannot_follow(tmp_path):
     assert "fusion from layer 7 on, but with num_fusion_layers=2 it is from layer 6 on" in refusal(num_fusion_layers=2)
     write_analysis(tmp_path, layer=None)
     assert "recommends no layer: because" in refusal()
+    for layer in ("3", True, 0, 8):
+        write_analysis(tmp_path, layer=layer)
+        assert f"saturation.json recommends {layer!r}, which is no layer from 1 to 7." in refusal()
     write_analysis(tmp_path, layer=3)
     adapter = ROOT / "examples" / "dpvr-tiny-adapter"
     assert "trained with saturation layer 4, but 3 was asked for" in refusal(adapter=adapter)
