@@ -94,6 +94,8 @@ def write_checksums(folder: Path, files: dict[str, Path] | None = None) -> Path:
     if path.is_symlink():
         raise ValueError(f"{path} is a link; nothing is written through it.")
     if files is None:
+        for left in folder.glob(f".{NAME}.*.new"):  # by a run that was killed while it wrote
+            left.unlink()
         names = list_tracked(folder) if (folder / ".git").exists() else list_files(folder)
         check_files(folder, names)
         files = {name: folder / name for name in names}

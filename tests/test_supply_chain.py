@@ -239,6 +239,14 @@ def test_sums_that_a_full_disk_refuses_leave_those_that_are_there(release, capsy
     assert not list(release.glob("*.new"))
 
 
+def test_sums_that_a_kill_has_cut_off_are_removed_and_not_named(release):
+    before = (release / "SHA256SUMS").read_bytes()
+    (release / ".SHA256SUMS.123.new").write_bytes(before[:50])
+    assert checksums.main([str(release)]) == 0
+    assert (release / "SHA256SUMS").read_bytes() == before
+    assert not list(release.glob(".*"))
+
+
 def test_a_name_that_is_no_utf8_is_refused_and_the_sums_that_are_there_stay(release, capsys):
     before = (release / "SHA256SUMS").read_bytes()
     (release / os.fsdecode(b"\xff.txt")).write_text("")
