@@ -40,6 +40,7 @@ from read_weights import (
 MAX_SHARD_BYTES = 10**9
 JOURNAL_START = b'{"sources"'  # how the journal of any conversion begins
 PIECES_AHEAD = 4
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as some clusters mount Lustre and NFS
 SYNC_BYTES = 2**26  # after so many the disk starts to write, and what is written is checked
 
 
@@ -163,13 +164,17 @@ def locked(journal: Path, output: Path) -> contextlib.AbstractContextManager[Bin
 
 @contextlib.contextmanager
 def locked_file(path: Path, refusal: BaseException) -> Iterator[BinaryIO]:
-    """A file, open and locked by this process alone, made if there is none; `refusal` is raised if another has it."""
+    """A file, open and locked by this process alone, made if there is none; `refusal` is raised if another has it.
+    Where the file system has no locks nobody can tell, and the file is open alone."""
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise refusal from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             try:
                 is_current = os.path.samestat(os.fstat(file.fileno()), path.stat())
             except FileNotFoundError:

@@ -3,6 +3,7 @@
 """A conversion that is killed, or whose disk refuses: complete or not at all, and it goes on where it was."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -413,6 +414,15 @@ def test_a_journal_whose_holder_ended_meanwhile_is_not_taken_for_the_one_that_is
     with write_checkpoint.locked(journal, output) as file:
         assert os.path.samestat(os.fstat(file.fileno()), journal.stat())
     assert len(calls) == 2
+
+
+def test_a_file_system_without_locks_takes_conversions_all_the_same(tmp_path, source, monkeypatch):
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    assert main([str(source), str(tmp_path / "dpvr")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dpvr", "llava"]
 
 
 def test_targets_that_are_refused(tmp_path, source, capsys):
