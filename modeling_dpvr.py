@@ -1199,8 +1199,12 @@ class DPVRForConditionalGeneration(DPVRPreTrainedModel, GenerationMixin):
         if mm_token_type_ids is None and inputs_embeds is not None and input_ids.shape[:2] == inputs_embeds.shape[:2]:
             mm_token_type_ids = (input_ids == self.config.image_token_id).long()
         if mm_token_type_ids is not None:
-            # Candidate tokens of assisted decoding are text that transformers adds to `input_ids` alone
-            num_candidates = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
+            # Candidate tokens of assisted decoding are text that transformers adds to `attention_mask` and to
+            # `input_ids`, of which this may be a chunk
+            num_tokens = input_ids.shape[1]
+            if mm_token_type_ids.shape[1] > num_tokens and attention_mask is not None and attention_mask.ndim == 2:
+                num_tokens = attention_mask.shape[1]
+            num_candidates = max(num_tokens - mm_token_type_ids.shape[1], 0)
             mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_candidates))
             length = mm_token_type_ids.shape[1]
             if length != input_ids.shape[1] and attention_mask is not None and length != attention_mask.shape[-1]:

@@ -1513,11 +1513,12 @@ def test_assistants_that_know_no_kinds_of_tokens_give_the_tokens_of_the_plain_lo
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 100])
-@pytest.mark.parametrize("types", [True, False], ids=["with types", "without types"])
-def test_an_assistant_of_a_prompt_read_in_chunks_gives_the_tokens_of_the_plain_loop(generator, chunk, types):
-    batch = make_batch(["ttItttt"])
+@pytest.mark.parametrize("given", ["all", "no types", "padding"])
+def test_an_assistant_of_a_prompt_read_in_chunks_gives_the_tokens_of_the_plain_loop(generator, chunk, given):
+    rows = ["ttItttt", "t" * 13] if given == "padding" else ["ttItttt"]
+    batch = {name: value[:1] for name, value in make_batch(rows).items()}
     options = {"assistant_model": make_dpvr(seed=3), "prefill_chunk_size": chunk}
-    tokens = generate(generator, batch if types else without(batch, "mm_token_type_ids"), **options)
+    tokens = generate(generator, without(batch, "mm_token_type_ids") if given == "no types" else batch, **options)
     assert torch.equal(tokens, plain_loop(generator, batch))
 
 
