@@ -296,13 +296,13 @@ class PrunedLlavaModel(LlavaModel):
 
         mask = self.make_mask(inputs_embeds, attention_mask, cache, 0)
         # Counted before the layers run: on the way, the host would wait for the device at every stage
-        has_vision, num_kept, widths = self.count_kept(tokens, stages) if is_prompt else (False, {}, {})
+        num_kept, widths = self.count_kept(tokens, stages) if is_prompt else ({}, {})
         hidden_states = layer_input = inputs_embeds
         for i in range(first_layer, end_layer + 1):
             if i in stages:
                 if is_prompt:
                     kept = tokens.valid if stages[i].share == 1 else tokens.valid & ~tokens.is_vision
-                    if stages[i].ranks and has_vision:
+                    if stages[i].ranks and i in num_kept:
                         scores = self.rank(stages[i], tokens, layer_input, hidden_states, last_column, cache)
                         kept = kept | choose(tokens, scores, num_kept[i])
                     tokens, where = tokens.select(kept, widths[i])
@@ -327,15 +327,15 @@ class PrunedLlavaModel(LlavaModel):
 
     def count_kept(
         self, tokens: Tokens, stages: dict[int, Stage]
-    ) -> tuple[bool, dict[int, torch.LongTensor], dict[int, list[int]]]:
-        """Whether there are vision tokens; and by stage how many of them each row keeps, `(B,)`, and how many tokens
-        in all, `B` numbers."""
+    ) -> tuple[dict[int, torch.LongTensor], dict[int, list[int]]]:
+        """By stage how many vision tokens each row keeps, `(B,)`, where any does; and how many tokens in all, `B`
+        numbers."""
         marks = torch.stack([tokens.valid & ~tokens.is_vision, tokens.is_vision])
         num_text, num_vision = marks.sum(-1).tolist()
         num_kept = {i: [stage.num_kept(n) for n in num_vision] for i, stage in stages.items()}
         widths = {i: [sum(pair) for pair in zip(num_text, kept, strict=True)] for i, kept in num_kept.items()}
-        num_kept = {i: torch.tensor(kept, device=marks.device) for i, kept in num_kept.items()}
-        return any(num_vision), num_kept, widths
+        num_kept = {i: torch.tensor(kept, device=marks.device) for i, kept in num_kept.items() if any(kept)}
+        return num_kept, widths
 
     def find_tokens(
         self,
@@ -477,7 +477,7 @@ def ranking_flops(config: LlavaConfig, stages: tuple[Stage, ...], vision_tokens:
     counts = vision_tokens_by_layer(config, stages, vision_tokens)
     flops = 0
     for stage in stages:
-        if not stage.ranks or stage.layer >= len(counts) or not counts[stage.layer - 1]:
+        if not stage.ranks or stage.layer >= len(counts) or not counts[stage.layer]:
             continue
         ranked = counts[stage.layer - 1] + text_tokens
         num_asking = ranked if stage.all_ask else 1
