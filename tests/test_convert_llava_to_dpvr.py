@@ -566,6 +566,13 @@ def test_large_shards_are_split(tmp_path, source, monkeypatch):
     assert max(sizes) < 40_000 + 5_000  # and a header
 
 
+def test_a_shard_is_as_full_as_it_may_be(monkeypatch):
+    monkeypatch.setattr(write_checkpoint, "MAX_SHARD_BYTES", 4)
+    weights = [write_checkpoint.Weight(str(i), (size,), None) for i, size in enumerate([2, 2, 2, 5, 1, 3])]
+    shards = write_checkpoint.plan_shards(weights, [], itemsize=1)
+    assert [[weight.numel for weight in shard] for shard in shards.values()] == [[2, 2], [2], [5], [1, 3]]
+
+
 # ---------------------------------------------------------------------------------------------- side branch
 
 

@@ -162,6 +162,24 @@ def test_only_the_same_request_goes_on(tmp_path, source, monkeypatch, change):
 
 
 @pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_journal_whose_last_line_was_cut_off_is_whole_again_when_the_conversion_goes_on(
+    tmp_path, source, monkeypatch, cut
+):
+    interrupted(source, tmp_path / "dpvr", monkeypatch)
+    journal = write_checkpoint.journal_of(tmp_path / "dpvr")
+    os.truncate(journal, journal.stat().st_size - cut)
+    with monkeypatch.context() as patch:
+        interrupt_at_shard(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "dpvr")
+    *lines, end = journal.read_bytes().split(b"\n")
+    names = [json.loads(line).get("shard") for line in lines[1:]]
+    assert len(names) == len(set(names)) >= 4
+    assert end == b""
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, source, monkeypatch):
     shards = interrupted(source, tmp_path / "dpvr", monkeypatch)
     first, second, *_ = sorted(shards)
@@ -232,6 +250,8 @@ def test_all_is_on_the_disk_before_the_output_gets_its_name_and_the_name_before_
     monkeypatch.setattr(os, "replace", note_replace)
     monkeypatch.setattr(Path, "unlink", note_unlink)
     refuse_links(monkeypatch)  # the source's files are copied then
+    (source / "additional_chat_templates").mkdir()  # in which the output has files too
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ 'rag' }}")
     output = tmp_path / "dpvr"
     folder, journal = write_checkpoint.staging_of(output).name, write_checkpoint.journal_of(output).name
     convert(source, output, link=link)
