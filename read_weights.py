@@ -324,7 +324,7 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ConversionError(f"{path} holds a {type(value).__name__} at {key!r:.80}, not a tensor.")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        if value.layout != torch.strided or value.device.type != "cpu":
             raise ConversionError(f"{path}: {key} is no plain tensor: {value.layout}, {value.dtype}, {value.device}.")
     return dict(tensors)
 

@@ -403,6 +403,10 @@ def saved(content) -> bytes:
         return file.getvalue()
 
 
+def quantized() -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.ones(48, 32), 0.1, 0, torch.qint8)
+
+
 BIN = r"pytorch_model\.bin"
 PICKLES = {
     "zip archive": (zip_archive, rf"{BIN} cannot be read: "),
@@ -417,6 +421,7 @@ PICKLES = {
     "a number": (lambda: saved({KEY: 3}), rf"{BIN} holds a int at '{UP}', not a tensor"),
     "key that is a number": (lambda: saved({3: torch.ones(2)}), rf"{BIN} holds a Tensor at 3"),
     "integers": (lambda: saved({KEY: torch.ones(48, 32).int()}), rf"{UP} in .*{BIN} has dtype torch\.int32"),
+    "quantized": (lambda: saved({KEY: quantized()}), rf"{UP} in .*{BIN} has dtype torch\.qint8.*is not quantized"),
     "sparse": (lambda: saved({KEY: torch.eye(4).to_sparse()}), rf"{BIN}: {UP} is no plain tensor"),
     "without numbers": (lambda: saved({KEY: torch.ones(48, 32, device="meta")}), rf"{BIN}: {UP} is no plain tensor"),
 }
