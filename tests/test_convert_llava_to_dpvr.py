@@ -42,6 +42,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     SiglipVisionConfig,
@@ -150,6 +151,14 @@ def test_sharegpt4v_is_llava_with_a_tower_of_its_own(tmp_path):
     convert(source, tmp_path / "dpvr")
     key = "model.vision_tower.pre_layrnorm.weight"
     assert torch.equal(read_output(tmp_path / "dpvr")[key], make_llava().state_dict()[key])
+
+
+def test_original_that_was_trained_on_other_states_of_its_tower_takes_those(tmp_path):
+    fields = {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}
+    convert(write_original(tmp_path / "llava", make_llava(), **fields), tmp_path / "dpvr")
+    config = json.loads((tmp_path / "dpvr" / "config.json").read_text())
+    assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-1, "full")
+    assert config["image_seq_length"] == 5  # the class token's too
 
 
 def test_original_without_padding_crops(tmp_path):
@@ -338,6 +347,22 @@ def test_the_number_of_image_tokens_that_transformers_writes_unasked_is_no_state
     edit_config(source, image_seq_length=LlavaConfig().image_seq_length)
     convert(source, tmp_path / "dpvr")
     assert json.loads((tmp_path / "dpvr" / "config.json").read_text())["image_seq_length"] == 4
+
+
+@pytest.mark.parametrize("layer", [-4, 3])
+def test_the_first_and_the_last_states_of_a_tower_of_three_layers_may_be_the_features(tmp_path, source, layer):
+    edit_config(source, vision_feature_layer=layer)
+    assert convert(source, tmp_path / "dpvr", dry_run=True).vision_tokens == 4
+
+
+@pytest.mark.parametrize(("words", "rows", "grown"), [(96, 96, 128), (126, 126, 128), (96, 98, 98)])
+def test_a_vocabulary_grows_where_tokens_are_added_behind_it_to_a_multiple_of_64(words, rows, grown):
+    tokenizer, config = make_tokenizer(special=False), LlamaConfig(vocab_size=rows)
+    tokenizer.add_tokens([f"more{i}" for i in range(words - WORDS)])
+    tokenizer.pad_token = tokenizer.eos_token  # which is none: it must be seen by a loss
+    read_llava.add_special_tokens(tokenizer, config)
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [words, words + 1]
+    assert (config.vocab_size, config.pad_token_id) == (grown, words + 1)
 
 
 def test_the_name_of_a_weight_file_in_the_config_of_the_source_is_not_that_of_the_result(tmp_path, source):

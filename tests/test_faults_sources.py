@@ -4,6 +4,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -19,6 +20,7 @@ from llava_checkpoints import Canary, edit_config, make_llava, trained_branch, w
 from safetensors.torch import load_file, save_file
 
 from convert_llava_to_dpvr import main
+from read_weights import ConversionError, read_safetensors
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
@@ -348,7 +350,7 @@ CONFIGS = {
     ),
     "select strategy": (config(vision_feature_select_strategy="full"), r"image_seq_length is 4, but .* give 5"),
     "image size": (part("vision_config", image_size=42), r"image_seq_length is 4, but images of 42 .* give 9"),
-    "feature layer": (config(vision_feature_layer=-9), rf"{CONFIG}: vision_feature_layer is -9, but .* 3 layers"),
+    "feature layer": (config(vision_feature_layer=-5), rf"{CONFIG}: vision_feature_layer is -5, but .* 3 layers"),
     "processor's images": (
         edit_file("processor_config.json", lambda text: text.replace("28", "42")),
         r"image processor of \S+ makes images of .*42.*, but vision_config\.image_size is 28",
@@ -431,6 +433,31 @@ PICKLES = {
 def test_broken_pickled_weights(refuse, case):
     make, message = PICKLES[case]
     refuse(lambda source: (source / "pytorch_model.bin").write_bytes(make()), message, "bin")
+
+
+@pytest.mark.parametrize(
+    ("file", "auto_map"),
+    [
+        ("processor_config.json", {"AutoProcessor": "own.Own"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", None]}),
+    ],
+)
+def test_code_that_a_source_brings_is_never_run(tmp_path, sound, file, auto_map):
+    source = shutil.copytree(sound["shards"], tmp_path / "llava")
+    (source / "own.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    fields = json.loads((source / file).read_text())
+    (source / file).write_text(json.dumps(fields | {"auto_map": auto_map}))
+    main([str(source), str(tmp_path / "dpvr")])
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_file_that_ends_while_it_is_read_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({KEY: torch.ones(4)}, path)
+    tensor = read_safetensors(path)[0][KEY]
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(ConversionError, match=rf"model\.safetensors ended within {KEY}: it was changed while it was"):
+        list(tensor.pieces())
 
 
 @pytest.mark.parametrize("how", ["torch.save", "torch.save before 1.6", "pickle", "pickle named safetensors"])
