@@ -130,7 +130,9 @@ def test_tied_head_stored_twice(tmp_path):
 def test_original_layout(tmp_path, tower, suffix, num_files):
     model = make_llava().half()
     source = write_original(tmp_path / "llava", model, suffix, num_files, tower)
+    (source / "generation_config.json").write_text('{"pad_token_id": 0}')  # of the tokenizer without <pad>
     convert(source, tmp_path / "dpvr")
+    assert json.loads((tmp_path / "dpvr" / "generation_config.json").read_text())["pad_token_id"] == PAD
     expected = dict(model.state_dict())
     for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         old = expected[key][:WORDS]
@@ -799,6 +801,7 @@ def test_summary(tmp_path, source):
     assert (summary.vision_tokens, summary.text_tokens) == (4, 64)
     positions = 3 * 68 + 3 * 64  # joint and fusion, text-only
     assert summary.cache_ratio == pytest.approx(positions / (6 * 68))
+    assert summary.cache_mib == positions * 2 * 16 * 4 / 2**20  # a key and a value of 16 numbers in float32
     assert 0.8 < summary.flops_ratio < 1
     text = str(summary)
     for part in ("2..4", "as asked for", f"{summary.num_parameters:,}", "AutoProcessor.from_pretrained"):
@@ -996,6 +999,8 @@ def test_hub_names_are_resolved_to_the_files_that_are_needed(tmp_path, monkeypat
     names = {"config.json", "tokenizer.json", "tokenizer_config.json", "pytorch_model.bin", "v1.5"}
     assert set(fetched) == names
     assert "base_model: me/llava\n" in (tmp_path / "dpvr" / "README.md").read_text()
+    with pytest.raises(ConversionError, match="The output .* lies in the source"):  # in the Hub's cache
+        convert("me/llava", tmp_path / "llava" / "dpvr")
 
 
 @pytest.mark.parametrize("write", [write_llava_hf, write_original])

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from kill_conversions import contents, identities
 from llava_checkpoints import flip_a_bit, make_llava, read_output, refuse_links, write_llava_hf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import convert_llava_to_dpvr as converter
 import write_checkpoint
@@ -149,7 +149,7 @@ def test_only_the_same_request_goes_on(tmp_path, source, monkeypatch, change):
         weights, status = load_file(path), path.stat()
         if change == "replaced":
             path.unlink()
-        save_file({name: weight + 1 for name, weight in weights.items()}, path, {"format": "pt"})
+        path.write_bytes(save({name: weight + 1 for name, weight in weights.items()}, {"format": "pt"}))
         os.utime(path, ns=(1, status.st_mtime_ns))
         assert path.stat().st_size == status.st_size
     convert(source, tmp_path / "dpvr", **options)
@@ -309,8 +309,15 @@ def test_a_conversion_killed_after_its_rename_is_not_taken_for_another_one(tmp_p
             convert(source, output)
     before, journal = contents(output), write_checkpoint.journal_of(output).read_bytes()
     for options in ({"num_fusion_layers": 2}, {"tokenizer": str(source)}):
+        write_checkpoint.journal_of(output).write_bytes(journal)
         with pytest.raises(ConversionError, match="is not an empty folder; nothing is overwritten"):
             convert(source, output, **options)
+    for name, text in (("generation_config.json", '{"pad_token_id": 5}'), ("chat_template.jinja", "{{ 'mine' }}")):
+        write_checkpoint.journal_of(output).write_bytes(journal)
+        (source / name).write_text(text)
+        with pytest.raises(ConversionError, match="is not an empty folder; nothing is overwritten"):
+            convert(source, output)
+        (source / name).unlink()
     assert contents(output) == before
     write_checkpoint.journal_of(output).write_bytes(journal)
     assert convert(source, output).output == output
