@@ -420,6 +420,7 @@ def test_the_plateau_of_the_abstracts_curve_begins_at_layer_4_and_one_that_does_
     assert rule.plateau_layer(abstract, 31) == 21
     abstract[23:] = np.linspace(0.3, 0.02, 9)
     assert rule.plateau_layer(abstract, 31) is None  # fewer than 8 of 32 layers are none
+    assert rule.plateau_layer(np.array([0.6] * 7 + [0.1] * 3), 9) is None  # nor are 2 of 10 a quarter
     assert rule.plateau_layer(np.full(8, 0.5), 7) is None
     assert rule.plateau_layer(np.linspace(0.68, 0.02, 32), 31) is None
 
@@ -508,6 +509,15 @@ def test_the_interval_covers_what_resamples_choose_and_one_sample_has_none():
     assert found["interval_95"] == [2, 5]
     assert found["share_of_resamples"] == pytest.approx(1 - 0.9**10, abs=0.05)  # those that drew the late one
     assert rule.recommend(mixed, 7, 0.003) == found
+    thirds = {"withdrawal": np.array([early, late, late], dtype=float)}  # 1 of 27 resamples is of the early one alone
+    assert rule.recommend(thirds, 7, 0.003)["interval_95"] == [2, 5]
+    low, high = rule.interval(np.array([[0, 0], [1, 0], [1, 1]]))
+    assert (low.tolist(), high.tolist()) == ([0, 0], [1, 1])
+    drawn = np.random.default_rng(0).random((9, 8))
+    assert np.array_equal(rule.interval(drawn), rule.interval(drawn))
+    still_read = [9, 9, *[0.02] * 6]  # drawn twice it is more than the threshold at the fusion layer too
+    rarely = {"withdrawal": np.array([early] * 9 + [still_read])}
+    assert rule.recommend(rarely, 7, 0.003)["interval_95"] == [2, 7]
     alone = rule.recommend(curves(withdrawal=late, samples=1), 7, 0.003)
     assert (alone["saturation_layer"], alone["interval_95"]) == (5, None)
 
@@ -539,6 +549,11 @@ def test_the_cost_table_of_llava_1_5_7b_has_the_numbers_of_the_accounting():
     assert round(chosen["flops"] / 1e12, 2) == 5.4
     assert chosen["cache_bytes"] / 2**20 == 203
     assert all(one["flops"] < other["flops"] for one, other in itertools.pairwise(table))
+    one_side, two_sides = (
+        rule.cost_table(settings | {"first_fusion_layer": 30, "num_side_layers": n}, 576, 64)[17] for n in (1, 2)
+    )
+    assert one_side["cache_bytes"] / 2**20 == 212  # two fusion layers hold all tokens
+    assert two_sides["flops"] > one_side["flops"] > chosen["flops"]
 
 
 # ------------------------------------------------------------------------------------------------- command and files
