@@ -149,6 +149,14 @@ def test_the_last_layer_trains_of_llava_and_of_baselines_that_drop_by_half_of_th
     assert not any("all ask" in name for name in names)
 
 
+def test_every_seed_asks_about_other_pictures_of_held_out_digits(processor):
+    first, other = (quality.question_batches(processor, seed, 1)["look"]["pixel_values"] for seed in (0, 1))
+    pairs = task.make_questions(quality.FIRST_QUESTION_SEED, 1, "test")
+    cells = np.stack([grid.cells for grid, question in pairs if question.kind == "look"])
+    assert torch.equal(first, quality.to_pixel_values(torch.from_numpy(cells).float() / 255, processor))
+    assert not torch.equal(first, other)
+
+
 def test_a_last_layer_trains_on_the_questions_of_the_conversations(llava, processor):
     def answers(batches):
         return torch.cat([batch.labels[batch.labels != -100] for batch in batches]).tolist()
@@ -249,7 +257,13 @@ def test_pareto_front_by_hand():
     assert quality_report.better(cheap, [*rows, twin], "kv_bytes", "all") is None  # a twin does not dominate
     text = quality_report.verdict(rows)
     assert "m, DPVR trained, all by flops: 1 of 1 on the front" in text
+    ahead = entry("fastv/1/0.25", 0.4, 0.7, [0.9, 0.9])
+    deeper = entry("dpvr/2/trained with fusion", 0.4, 0.7, [1.0, 1.0])  # the verdict is on others than DPVR
+    lines = quality_report.verdict([*rows, ahead, deeper]).splitlines()
+    number = lines.index("m, DPVR trained, all by flops: 0 of 1 on the front")
+    assert lines[number + 1].startswith("    dpvr/1/trained is behind fastv/1/0.25 by 5.0 ±")
     assert "| m | vtw/1 | 50.0 | 70.0 | 50.0 ±" in quality_report.table(rows)
+    assert "| 52.2 ±" in quality_report.table(rows)  # of dense %: 0.4 of 0.9 and 0.6 of 1
 
 
 def test_the_cheapest_setting_that_keeps_as_much_by_hand(monkeypatch):

@@ -532,6 +532,12 @@ def test_processes_that_load_data_list_a_bad_row_once(pictures, processor, tmp_p
     assert data.bad_rows.seen == {0}
 
 
+def test_of_a_row_with_a_picture_in_the_place_of_its_name_the_beginning_is_listed(tmp_path):
+    bad_rows = BadRows(tmp_path / "bad_rows.jsonl")
+    bad_rows.add(0, [], BadRowError("missing image", "A" * 10_000))
+    assert [len(line["detail"]) for line in bad_rows.lines()] == [500]
+
+
 def test_a_row_that_cannot_even_be_read_is_a_bad_row(pictures, processor, tmp_path):
     class Rows(list):  # as parquet with a broken page
         def __getitem__(self, number):
