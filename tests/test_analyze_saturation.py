@@ -270,7 +270,7 @@ def test_sdpa_and_eager_give_the_same_results():
 
 def test_attention_is_reduced_in_chunks_of_queries_and_measuring_leaves_the_model_as_it_was(monkeypatch):
     model, prompt = make_llava(), make_prompt("ttItttttttttt")
-    whole, _ = metrics.measure(model, prompt)
+    whole, whole_maps = metrics.measure(model, prompt)
     shapes, rows = [], metrics.attention_rows
 
     def watched(*arguments):
@@ -280,12 +280,13 @@ def test_attention_is_reduced_in_chunks_of_queries_and_measuring_leaves_the_mode
 
     monkeypatch.setattr(metrics, "attention_rows", watched)
     monkeypatch.setattr(metrics.AttentionRecorder.__init__, "__defaults__", (3,))
-    chunked, _ = metrics.measure(model, prompt)
+    chunked, maps = metrics.measure(model, prompt)
     length, num_queries = len(prompt.is_vision), len(prompt.queries)
     assert shapes == [(4, n, length) for _ in range(NUM_LAYERS) for n in [3] * (num_queries // 3) + [num_queries % 3]]
     for name, values in whole.items():
         if isinstance(values, list):
             assert_close(chunked[name], values, 1e-6)
+    torch.testing.assert_close(maps, whole_maps)
 
     def broken(*_):
         raise RuntimeError("broken")
@@ -294,6 +295,7 @@ def test_attention_is_reduced_in_chunks_of_queries_and_measuring_leaves_the_mode
     with pytest.raises(RuntimeError, match="broken"):
         metrics.measure(model, prompt)
     assert model.config.text_config._attn_implementation == "sdpa"
+    assert "measured_sdpa" not in metrics.ALL_ATTENTION_FUNCTIONS  # which would keep the model in memory
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.language_model.layers)
 
 
