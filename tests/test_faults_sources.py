@@ -369,7 +369,7 @@ def test_broken_configs(refuse, case):
         (["--saturation-layer", "6"], r"saturation_layer=6 must be between 1 and 5"),
         (["--saturation-layer", "-1"], r"saturation_layer=-1 must be between 1 and 5"),
         (["--num-fusion-layers", "6"], r"num_fusion_layers=6 must be between 1 and 5"),
-        (["--num-side-layers", "-1"], r"num_side_layers=-1 must be at least 0"),
+        (["--num-side-layers", "-1"], r"num_side_layers=-1 must be between 0 and 6"),
     ],
 )
 def test_layers_out_of_range(refuse, options, message):

@@ -190,6 +190,21 @@ def test_a_baselines_last_layer_learns_and_every_seed_starts_from_llavas(llava, 
     assert before not in both.values()
 
 
+def test_a_training_moves_the_parts_of_dpvr_that_its_name_says(llava, processor, prepared, monkeypatch):
+    def sums(staged, batches) -> dict[str, float]:
+        parts = {"side branch": staged.core.side_branch, "fusion layer": staged.layers()[2][0]}
+        return {name: sum(x.double().abs().sum().item() for x in part.parameters()) for name, part in parts.items()}
+
+    monkeypatch.setattr(quality, "routed_accuracy", sums)
+    args, cells = quality.parse_args(["--batch-size", "1"]), {}
+    routings = [Routing(6, training) for training in ("untrained", "trained", "trained with fusion")]
+    pool = quality.training_batches(llava, processor, 1)
+    quality.measure_routings(TINY, routings, [prepared], pool, args, {2: cells}, lambda: None)
+    start, *found = (cells[quality_methods.name_of(routing)]["0"] for routing in routings)
+    moved = [{name for name in start if each[name] != start[name]} for each in found]
+    assert moved == [{"side branch"}, {"side branch", "fusion layer"}]
+
+
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     found = {"dense": (), "vtw/6": vtw(6), f"vtw/6/{quality_methods.LAST}": TrainedLast(vtw(6))}
     trainings = (*quality_methods.TRAININGS, quality_methods.LORA)
@@ -307,6 +322,14 @@ def test_costs_are_shares_of_the_dense_model(llava):
     beside = quality_methods.relative_cost(llava.config, vtw(5), lengths)
     assert routed[1] == beside[1]
     assert beside[0] < routed[0] < beside[0] + 0.05
+
+
+def test_a_cost_is_that_of_the_prompts_of_all_seeds(llava, monkeypatch):
+    monkeypatch.setattr(quality_methods, "methods", lambda num_layers: {"vtw/4": vtw(4)})
+    answers = {"vtw/4": {seed: dict.fromkeys(task.KINDS, 1.0) for seed in "01"}}
+    result = {"prompt_lengths": {"0": {"40": 2}, "1": {"40": 1, "60": 1}}, "cells": answers}
+    [found] = quality_report.summarize_model("m", result, llava.config)
+    assert (found.flops, found.kv_bytes) == quality_methods.relative_cost(llava.config, vtw(4), {40: 3, 60: 1})
 
 
 def test_every_method_of_the_larger_model_has_a_cost(llava):
