@@ -180,10 +180,9 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(f"--max_steps {training_arguments.max_steps}: give at least 1, or leave it out")
     if training_arguments.max_steps == -1 and not training_arguments.num_train_epochs > 0:  # nothing would train
         parser.error(f"--num_train_epochs {training_arguments.num_train_epochs}: give more than 0, or leave it out")
-    if training_arguments.gradient_accumulation_steps < 1:
-        parser.error(
-            f"--gradient_accumulation_steps {training_arguments.gradient_accumulation_steps}: give at least 1"
-        )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training_arguments, name) < 1:
+            parser.error(f"--{name} {getattr(training_arguments, name)}: give at least 1")
     for name in ("data", "image_folder", "eval_data", "peft_config"):
         path = getattr(options, name)
         if path is not None and not path.exists():  # now, and not once the model is loaded

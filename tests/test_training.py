@@ -1325,6 +1325,8 @@ def test_what_cannot_be_trained_together_is_refused_at_once(embedded, pictures, 
         ("--max_steps", 0): "--max_steps 0: give at least 1",
         ("--num_train_epochs", 0): "--num_train_epochs 0.0: give more than 0",
         ("--gradient_accumulation_steps", 0): "--gradient_accumulation_steps 0: give at least 1",
+        ("--per_device_train_batch_size", 0): "--per_device_train_batch_size 0: give at least 1",
+        ("--per_device_eval_batch_size", 0): "--per_device_eval_batch_size 0: give at least 1",
         ("--metric_for_best_model", "accuracy"): "--metric_for_best_model accuracy: only the loss is evaluated",
         ("--bf16", "--fp16"): "",  # which TrainingArguments refuses
         ("--dtype", "bloat16"): "invalid choice: 'bloat16'",
