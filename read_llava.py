@@ -228,6 +228,11 @@ def _from_pretrained(auto_class, name: str | Path, what: str, **options):
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
 
 
+def image_token_of(processor) -> str:
+    """What stands for an image in prompts; not every processor has a name for it."""
+    return getattr(processor, "image_token", "<image>")
+
+
 def own_template(processor) -> str | dict[str, str] | None:
     """The chat template of a checkpoint, or that of its tokenizer, made to take images where it takes text alone.
 
@@ -236,7 +241,7 @@ def own_template(processor) -> str | dict[str, str] | None:
     """
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     tokenizer, messages = processor.tokenizer, [{"role": "user", "content": content}]
-    image_token = getattr(processor, "image_token", "<image>")
+    image_token = image_token_of(processor)
     template = processor.chat_template or tokenizer.chat_template
     text = template.get("default") if isinstance(template, dict) else template
     start = NO_START if tokenizer("?").input_ids[0] == tokenizer.bos_token_id else ""
@@ -281,7 +286,7 @@ def read_llava_hf(name: str, revision: str | None, folder: Path, fields: dict, t
     check_backbone(config, path)
     check_geometry(config, path)
     processor = load_processor(folder, tokenizer)
-    check_vocabulary(processor.tokenizer, config, path, getattr(processor, "image_token", "<image>"))
+    check_vocabulary(processor.tokenizer, config, path, image_token_of(processor))
     check_image_size(processor.image_processor, config, folder)
     with refusing(f"The processor of {folder} cannot be used"):
         processor = convert_processor(config, processor)
@@ -521,7 +526,7 @@ def convert_processor(config: LlavaConfig, processor, do_pad: bool | None = None
         do_pad=do_pad,
         model_max_length=min(processor.tokenizer.model_max_length, longest_prompt(config.text_config)),
         chat_template=own_template(processor),
-        image_token=getattr(processor, "image_token", "<image>"),
+        image_token=image_token_of(processor),
     )
 
 
