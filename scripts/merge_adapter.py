@@ -75,8 +75,8 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
     target.parent.mkdir(parents=True, exist_ok=True)
     lock_record(target)
     staging = target.with_name(f".{target.name}.merging")
-    shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
     try:
+        shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
         try:
             staging.mkdir()
             write(merged, processor, weights.parent / RUN_FILE, staging)
@@ -85,6 +85,7 @@ def merge(base: str, adapter: str, output: Path, subfolder: str | None = None, d
         os.replace(staging, target)  # an empty folder there gives way
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        release_records()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,8 +112,6 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; nothing is left behind", file=sys.stderr)
             return 130
-        finally:
-            release_records()
     say(f"{options.output}: {options.base} with {options.adapter}; it loads without PEFT")
     return 0
 
