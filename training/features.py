@@ -415,9 +415,10 @@ class CachedFeatures(Dataset):
         if missing:
             raise CacheError(f"{self.folder} lacks {len(missing)} of {len(self.paths)} shards, {missing[0]} first.")
         self.tokens, self.answers, self.checksums, self.starts = [], [], [], [0]
+        expected = index_digest(index)
         for path in self.paths:
             with _names_shard(path), safe_open(path, framework="pt") as file:
-                made_for, expected = (file.metadata() or {}).get("index"), index_digest(index)
+                made_for = (file.metadata() or {}).get("index")
                 if made_for != expected:
                     raise ValueError(f"it was written for the {INDEX} {made_for}, but the one beside it is {expected}")
                 tokens, answers = file.get_tensor("tokens"), file.get_tensor("answers")
